@@ -16,6 +16,7 @@ import functools
 import math
 import random
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -215,7 +216,8 @@ class Scene:
     def of(cls, *items: str, background: str = "", seed: int = 0) -> "Scene":
         """Scene of named objects, side by side; headwear goes to the animal named before it.
 
-        `Scene.of("cat", "straw hat", "blue ball")` is a cat wearing a straw hat and a blue ball.
+        `Scene.of("cat", "straw hat", "blue ball")` is a cat wearing a straw hat and a blue ball; its objects are in that
+        order. Sizes and places are drawn from `seed`.
         """
         rng = random.Random(seed)
         groups: list[list[str]] = []
@@ -224,7 +226,7 @@ class Scene:
                 groups[-1].append(item)
             else:
                 groups.append([item])
-        return cls(_arrange(groups, rng), background, rng.randrange(2**16))
+        return cls(_arrange(groups, range(len(groups)), rng), background, rng.randrange(2**16))
 
     def find(self, noun: str) -> int:
         """Index of the only object of that kind."""
@@ -385,7 +387,7 @@ def random_scene(rng: random.Random, held_out: bool | None = False, groups: int 
     while True:
         count = groups or rng.choices((1, 2, 3), (0.38, 0.5, 0.12))[0]
         scene = Scene(
-            _arrange(_random_groups(rng, count), rng),
+            _arrange(_random_groups(rng, count), rng.sample(range(count), count), rng),
             rng.choice(BACKGROUNDS[:1] * 2 + BACKGROUNDS[1:]),
             rng.randrange(2**16),
         )
@@ -417,13 +419,11 @@ def _random_style(rng: random.Random, kind: str) -> str:
     return f"{color} {texture}{kind}"
 
 
-def _arrange(groups: list[list[str]], rng: random.Random) -> tuple[Object, ...]:
-    """Place groups side by side, left to right, painted in random order; neighbors may touch and overlap."""
+def _arrange(groups: list[list[str]], order: Iterable[int], rng: random.Random) -> tuple[Object, ...]:
+    """Place groups side by side, left to right, painted in `order`; neighbors may touch and overlap."""
     count = len(groups)
     low, high = {1: (0.5, 0.64), 2: (0.38, 0.46), 3: (0.29, 0.33)}.get(count, (0.7 / count, 0.9 / count))
     squeeze = rng.uniform(0.78, 1.0) if count > 1 else 1.0
-    order = list(range(count))
-    rng.shuffle(order)
     objects: list[Object] = []
     for place in order:
         items = groups[place]
