@@ -1,14 +1,22 @@
 """Properties of the embedded model's training code: scenes, tokenizer, and a two-step run of every stage."""
 
+import json
 import random
 
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
-from training import scenes
+from training import judge, latents, scenes, unet, vae
+from training.common import held_out_scenes
 from training.scenes import PHRASINGS, WORDS, Scene, is_held_out, random_scene
+from training.tokenizer import MAX_LENGTH, caption_tokens, write_tokenizer
+from training.unet import grounding_losses
+from training.vae import composites
 
 SEEDS = st.integers(0, 10**5)
 
@@ -97,3 +105,131 @@ def test_held_out_combinations_stay_out_of_training():
 def test_what_cannot_be_drawn_is_refused(build):
     with pytest.raises(ValueError):
         build()
+
+
+# Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_every_caption_word_is_one_token(tokenizer):
+    for word in (*WORDS, ","):
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=12))
+def test_any_text_splits_into_known_tokens(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.unk_token_id not in ids
+    assert "".join(tokenizer.decode(ids).split()) == "".join(tokenizer.decode(tokenizer(text.lower()).input_ids[1:-1]).split())
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS, st.integers(0, len(PHRASINGS) - 1))
+def test_caption_tokens_are_the_tokenizers_own_and_know_their_objects(tokenizer, seed, phrasing):
+    scene = random_scene(random.Random(seed), held_out=None)
+    caption = scene.caption(phrasing)
+    ids, named = caption_tokens(tokenizer, caption)
+    assert ids == tokenizer(caption.text, padding="max_length", max_length=MAX_LENGTH).input_ids
+    for index, item in enumerate(scene.objects):
+        words = [tokenizer.decode([token]).strip() for token, owner in zip(ids, named) if owner == index]
+        assert sorted(words) == sorted((item.kind, *item.adjectives))
+
+
+# Losses
+
+
+def test_grounding_is_least_for_attention_inside_the_mask():
+    masks = torch.zeros(1, 2, 8, 8)
+    masks[0, 1, :4] = 1  # token 0 names nothing
+    inside = torch.stack([1 - masks[0, 1], masks[0, 1]]).flatten(1).T[None] * 0.5 + 1e-3
+    chance = torch.full((1, 64, 2), 0.5)
+    for of_map, of_chance in zip(grounding_losses({"a": inside}, masks), grounding_losses({"a": chance}, masks)):
+        assert of_map < of_chance
+    token_term, _ = grounding_losses({"a": chance}, masks)
+    assert token_term == pytest.approx(0.25, abs=1e-4)  # half of the attention lies outside: (1 - 0.5)^2
+
+
+def test_composites_are_the_other_scene_inside_and_this_one_outside():
+    latents, images = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 32, 32)
+    masks = torch.zeros(2, 1, 8, 8)
+    masks[:, :, 2:6, 2:6] = 1
+    gain = torch.tensor([1.0, 2.0])[:, None, None, None]
+    mixed, target, weight = composites(latents, images, masks, gain)
+    assert torch.equal(mixed[0, :, 0, 0], latents[0, :, 0, 0])
+    assert torch.equal(mixed[0, :, 3, 3], latents[1, :, 3, 3])
+    assert torch.equal(mixed[1, :, 3, 3], 2 * latents[0, :, 3, 3])
+    assert torch.equal(target[0, :, 16, 16], images[1, :, 16, 16])
+    assert weight[0, 0, 16, 16] == 1 and weight[1, 0, 16, 16] == 0 and weight[:, 0, 8, 8].sum() == 0
+
+
+# Stages: two steps of each on tiny sizes, stopped and resumed
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """Folder in which every stage of the diffusion model ran for two steps and, resumed, for two more."""
+    out = tmp_path_factory.mktemp("train_out")
+    tiny = ["--device", "cpu", "--batch", "4"]
+    for more in (["--samples", "8"], ["--samples", "16", "--resume"]):
+        small = ["--size", "32", "--crop", "16", "--pictures", "8", "--channels", "8", "8", "8", "--measured", "8"]
+        vae.main(["--out", str(out / "vae"), *small, *tiny, *more])
+    latents.main(["--vae", str(out / "vae"), "--out", str(out / "latents"), "--scenes", "12", *tiny])
+    for more in (["--samples", "8"], ["--samples", "16", "--resume"]):
+        folders = ["--vae", str(out / "vae"), "--latents", str(out / "latents"), "--out", str(out / "ldm")]
+        unet.main([*folders, "--channels", "16", "16", "16", "16", "--grid", "2", *tiny, *more])
+    return out
+
+
+def test_cached_masks_lie_where_their_words_are_drawn(stages):
+    cached = latents.Latents(stages / "latents")
+    moments, tokens, masks = cached.batch(np.random.default_rng(0), 6)
+    assert moments.shape == (6, 8, 8, 8) and masks.shape == (6, MAX_LENGTH, 8, 8)
+    scene = random_scene(random.Random(0))
+    _, drawn = latents.draw((0, 32, 8))
+    for mask, visible in zip(drawn, scene.render(32).visible):
+        assert mask.mean() / 255 == pytest.approx(visible.mean(), abs=0.01)
+    assert (masks.flatten(2).amax(-1) > 0).any(1).all()
+    assert tokens.max() < len(WORDS) * 12
+
+
+def test_a_run_resumes_where_it_stopped_and_logs(stages):
+    lines = [json.loads(line) for line in (stages / "ldm" / "log.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines] == [8, 16]
+    assert {"loss", "share_4", "ratio_4"} <= lines[0].keys()
+    assert len(list((stages / "ldm").glob("samples_*.png"))) == 2
+
+
+def test_the_exported_folder_is_a_stable_diffusion_pipeline(stages):
+    pipe = StableDiffusionPipeline.from_pretrained(stages / "ldm" / "pipeline", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.safety_checker is None
+    assert pipe.scheduler.config.prediction_type == "epsilon"
+    assert pipe.tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings
+    images = pipe("a wombat wearing a red hat", num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 32, 32, 3) and np.isfinite(images).all()
+    with safe_open(stages / "ldm" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+
+
+def test_localisation_leaves_the_unet_as_it_was(stages):
+    pipe = StableDiffusionPipeline.from_pretrained(stages / "ldm" / "pipeline", torch_dtype=torch.float32)
+    before = dict(pipe.unet.attn_processors)
+    figures = unet.localisation(pipe.unet, pipe.text_encoder, pipe.vae, pipe.tokenizer, held_out_scenes(2), (500,))
+    assert pipe.unet.attn_processors == before
+    assert 0 < figures["share_4"] < 1
+
+
+def test_the_judge_trains_and_reads(tmp_path):
+    tiny = ["--device", "cpu", "--batch", "16", "--scenes", "8", "--measured", "4", "--samples", "32"]
+    judge.main(["--out", str(tmp_path), *tiny])
+    read = judge.Judge.load(tmp_path)
+    parts = judge.examples((Scene.of("cat", "red striped hat"), False))
+    assert [text for _, text, _ in parts] == ["a cat", "a red striped hat"]
+    features = read.encode(np.stack([pixels for pixels, _, _ in parts]))
+    for probabilities in (read.kind(features), read.color(features, "hat"), read.texture(features, "red", "hat")):
+        assert torch.allclose(probabilities.sum(-1), torch.ones(2), atol=1e-4)

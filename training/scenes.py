@@ -396,13 +396,13 @@ def random_scene(rng: random.Random, held_out: bool | None = False, groups: int 
 
 
 def _random_groups(rng: random.Random, count: int) -> list[list[str]]:
-    dressed = 0.75 if count == 1 else 0.42 if count == 2 else 0.2
+    dressed = {1: 0.75, 2: 0.42}.get(count, 0.3)
     animals, things = list(ANIMALS), list(THINGS)
     rng.shuffle(animals)
     rng.shuffle(things)
     groups = []
     for _ in range(count):
-        if rng.random() < dressed:
+        if rng.random() < dressed and (count < 3 or all(len(group) == 1 for group in groups)):
             groups.append([animals.pop(), _random_style(rng, rng.choice(("hat", *HEADWEAR)))])
         elif rng.random() < 0.5:
             groups.append([animals.pop()])
