@@ -1,0 +1,8 @@
+# Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
+"""MDE-Edit: mask-guided editing of several objects at once, as a diffusers pipeline."""
+
+from .inversion import Inversion
+from .mde_pipeline import MDEEditPipeline, MDEEditPipelineOutput
+
+
+__all__ = ["Inversion", "MDEEditPipeline", "MDEEditPipelineOutput"]

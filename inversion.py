@@ -1,0 +1,279 @@
+# Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
+"""From a picture's latents to something that can be edited: DDIM inversion and the null-text optimisation after it.
+
+The functions compute and return; [`Inversion`] is the value that carries their result to any number of edits, in memory
+or on disk. The scheduler owns the steps: nothing here knows a formula of the diffusion.
+"""
+
+import json
+import os
+from dataclasses import dataclass, fields
+from typing import Dict, List, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+INVERSION_METHODS = ("null_text", "negative_prompt", "direct")
+
+# fp16 gradients of a mean over a latent underflow; scaled by this they do not, and the scale is taken out in fp32.
+FP16_LOSS_SCALE = 2.0**12
+
+
+def gradient(loss: torch.Tensor, inputs: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
+    """d loss / d inputs in fp32, through a model that computes in `model_dtype`."""
+    scale = FP16_LOSS_SCALE if model_dtype == torch.float16 else 1.0
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(loss * scale, inputs)
+    return grad.float() / scale
+
+
+def predict(unet, latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, control=None) -> torch.Tensor:
+    """One U-Net call in the U-Net's dtype on fp32 latents and embeddings; the prediction comes back in fp32.
+
+    Args:
+        latents: (batch, channels, h, w).
+        embeds: (batch, tokens, dim).
+        control: what the attention layers do in this call (`Record`, `Inject` or nothing).
+    """
+    return unet(
+        latents.to(unet.dtype),
+        timestep,
+        encoder_hidden_states=embeds.to(unet.dtype),
+        cross_attention_kwargs=None if control is None else {"control": control},
+        return_dict=False,
+    )[0].float()
+
+
+@torch.no_grad()
+def ddim_invert(unet, inverse_scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, progress) -> torch.Tensor:
+    """DDIM inversion at guidance 1: one conditional pass per step.
+
+    Args:
+        inverse_scheduler: a `DDIMInverseScheduler` with its timesteps set.
+        latents: (1, channels, h, w) fp32, z_0.
+        prompt_embeds: (1, tokens, dim), the source prompt.
+        progress: a tqdm bar, advanced by one per step.
+
+    Returns:
+        (steps + 1, channels, h, w) fp32: z_T first, z_0 last, the order in which sampling visits them.
+    """
+    trajectory = [latents]
+    for t in inverse_scheduler.timesteps:
+        noise = predict(unet, latents, t, prompt_embeds)
+        latents = inverse_scheduler.step(noise, t, latents).prev_sample
+        trajectory.append(latents)
+        progress.update()
+    return torch.cat(trajectory[::-1])
+
+
+@torch.no_grad()
+def sample_source(unet, scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, progress) -> torch.Tensor:
+    """DDIM sampling at guidance 1: where the source prompt leads from z_T when it is its own negative prompt
+    (negative-prompt inversion, arXiv 2305.16807, Eq. 6: the guidance term vanishes for the source).
+
+    Returns:
+        (steps + 1, channels, h, w) fp32, z_T first.
+    """
+    trajectory = [latents]
+    for t in scheduler.timesteps:
+        latents = scheduler.step(predict(unet, latents, t, prompt_embeds), t, latents).prev_sample
+        trajectory.append(latents)
+        progress.update()
+    return torch.cat(trajectory)
+
+
+def optimize_null_embeds(
+    unet,
+    scheduler,
+    trajectory: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    null_embeds: torch.Tensor,
+    guidance_scale: float,
+    num_inner_steps: int,
+    early_stop_epsilon: float,
+    progress,
+) -> Tuple[torch.Tensor, torch.Tensor, List[int]]:
+    """Null-text optimisation (arXiv 2212.09794, Algorithm 1): per step, the "empty prompt" under which guided sampling
+    retraces the inversion.
+
+    As in the reference: Adam, learning rate 1e-2 falling linearly to half of it, at most `num_inner_steps` updates,
+    stopping after the one whose loss was below a threshold that grows with the step; the embedding is carried on. The
+    conditional prediction does not depend on the embedding and is computed once per step.
+
+    Args:
+        scheduler: a `DDIMScheduler` with its timesteps set.
+        trajectory: (steps + 1, channels, h, w) fp32 from [`ddim_invert`].
+        prompt_embeds, null_embeds: (1, tokens, dim), source prompt and empty prompt.
+        early_stop_epsilon: threshold at the first step, on the latents' mean squared error.
+
+    Returns:
+        latents (steps + 1, channels, h, w) that guided sampling visits, null embeddings (steps, tokens, dim) fp32, and
+        how many inner updates each step took.
+    """
+    num_steps = len(scheduler.timesteps)
+    latents, null = trajectory[:1], null_embeds.float()
+    visited, nulls, inner_steps = [latents], [], []
+
+    def guided_step(null_prediction, cond_prediction, t):
+        noise = null_prediction + guidance_scale * (cond_prediction - null_prediction)
+        return scheduler.step(noise, t, latents).prev_sample
+
+    for i, t in enumerate(scheduler.timesteps):
+        with torch.no_grad():
+            cond = predict(unet, latents, t, prompt_embeds)
+        null = null.detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([null], lr=1e-2 * (1 - i / (2 * num_steps)))
+        target, count = trajectory[i + 1 : i + 2], 0
+        while count < num_inner_steps:
+            with torch.enable_grad():
+                previous = guided_step(predict(unet, latents, t, null), cond, t)
+                loss = F.mse_loss(previous, target)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"The null-text optimisation diverged at step {i} (loss {loss.item()}). Load the U-Net in float32 or"
+                    " bfloat16, lower `guidance_scale`, or use method='direct', which optimises nothing."
+                )
+            null.grad = gradient(loss, null, unet.dtype)
+            optimizer.step()
+            count += 1
+            if loss.item() < early_stop_epsilon * (1 + 100 * i / num_steps):
+                break
+        null = null.detach()
+        with torch.no_grad():
+            latents = guided_step(predict(unet, latents, t, null), cond, t)
+        visited.append(latents)
+        nulls.append(null)
+        inner_steps.append(count)
+        progress.update()
+        progress.set_postfix(mse=f"{F.mse_loss(latents, target).item():.1e}", inner=count)
+    return torch.cat(visited), torch.cat(nulls), inner_steps
+
+
+def model_fingerprint(unet, text_encoder) -> torch.Tensor:
+    """One value from the middle of every weight of `unet` and `text_encoder`: enough to tell two models apart.
+
+    Returns:
+        (number of parameters,) fp32, on the CPU.
+    """
+    values = [p.detach().flatten()[p.numel() // 2] for m in (unet, text_encoder) for p in m.parameters()]
+    return torch.stack([v.float() for v in values]).cpu()
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """A picture, inverted: everything an edit of it needs. Made by `pipe.invert`, used by any number of `pipe` calls.
+
+    Attributes:
+        latents: (steps + 1, channels, h, w) fp32, the source branch z_T ... z_0, in sampling order.
+        null_embeds: (steps, tokens, dim) fp32, the unconditional embedding of each step; (1, tokens, dim) if it is the
+            same for all.
+        prompt: the source prompt p.
+        method: how it was made, one of "null_text", "negative_prompt", "direct".
+        guidance_scale: the scale it was made with. Null-text embeddings hold for this scale only; for the other methods
+            it is just the edit's default.
+        timesteps: (steps,) int64, descending.
+        alphas_cumprod: (steps,) fp32, the scheduler's noise levels at `timesteps`.
+        prediction_type: what the U-Net predicts ("epsilon", "v_prediction").
+        fingerprint: (number of weights,) fp32, see [`model_fingerprint`].
+        model_dtype: the U-Net's dtype, as text.
+    """
+
+    latents: torch.Tensor
+    null_embeds: torch.Tensor
+    prompt: str
+    method: str
+    guidance_scale: float
+    timesteps: torch.Tensor
+    alphas_cumprod: torch.Tensor
+    prediction_type: str
+    fingerprint: torch.Tensor
+    model_dtype: str
+
+    @property
+    def num_inference_steps(self) -> int:
+        return len(self.timesteps)
+
+    def null_embed(self, i: int) -> torch.Tensor:
+        """The unconditional embedding of step `i`, (1, tokens, dim)."""
+        i = min(i, len(self.null_embeds) - 1)
+        return self.null_embeds[i : i + 1]
+
+    def to(self, device) -> "Inversion":
+        """The same inversion with the tensors an edit computes with on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Inversion(**{**values, **{k: values[k].to(device) for k in ("latents", "null_embeds")}})
+
+    def save(self, path: Union[str, os.PathLike]) -> None:
+        """Write a safetensors file: the tensors, and the rest as metadata."""
+        tensors, metadata = {}, {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, torch.Tensor):
+                tensors[f.name] = value.cpu().contiguous()
+            else:
+                metadata[f.name] = json.dumps(value)
+        save_file(tensors, path, metadata={"format": "mde_edit.inversion", **metadata})
+
+    @classmethod
+    def load(cls, path: Union[str, os.PathLike]) -> "Inversion":
+        """Read what [`~Inversion.save`] wrote. Raises `ValueError` for any other safetensors file."""
+        with safe_open(path, framework="pt") as file:
+            metadata: Dict[str, str] = file.metadata() or {}
+            names = {f.name for f in fields(cls)}
+            if metadata.get("format") != "mde_edit.inversion" or names - set(file.keys()) - set(metadata):
+                raise ValueError(f"{os.fspath(path)!r} is not an inversion: make one with `pipe.invert(...).save(path)`.")
+            values = {n: file.get_tensor(n) if n in file.keys() else json.loads(metadata[n]) for n in names}
+        return cls(**values)
+
+    def check_matches(self, fingerprint: torch.Tensor, model_dtype: str, scheduler) -> None:
+        """Raise `ValueError` unless this inversion was made with the same weights and noise schedule.
+
+        Args:
+            fingerprint, model_dtype: of the model at hand, see [`model_fingerprint`].
+            scheduler: its `DDIMScheduler` with its timesteps set for this many steps.
+        """
+        # Weights that were rounded to another dtype are still the same model.
+        tolerance = 0.0 if model_dtype == self.model_dtype else 5e-3
+        same = len(fingerprint) == len(self.fingerprint) and bool(
+            (fingerprint - self.fingerprint).norm() <= tolerance * self.fingerprint.norm()
+        )
+        if not same:
+            raise ValueError(
+                "The inversion was made with another model (or with a LoRA this one lacks): its latents mean nothing"
+                " here. Call `pipe.invert` again with the pipeline that edits."
+            )
+        if (
+            scheduler.config.prediction_type != self.prediction_type
+            or not torch.equal(scheduler.timesteps.cpu(), self.timesteps.cpu())
+            or not torch.allclose(scheduler.alphas_cumprod[self.timesteps.cpu()], self.alphas_cumprod.cpu())
+        ):
+            raise ValueError(
+                "The inversion was made with another noise schedule (timesteps, betas or prediction type). Give the"
+                " pipeline the scheduler it had then, or call `pipe.invert` again."
+            )
+
+
+def check_inversion_settings(
+    method: str,
+    num_inference_steps: int,
+    guidance_scale: float,
+    num_train_timesteps: int,
+    num_inner_steps: Optional[int] = None,
+) -> None:
+    """Raise `ValueError` for settings no inversion can be made with, saying which and what would do."""
+    if method not in INVERSION_METHODS:
+        raise ValueError(f"`method` is {method!r}: choose one of {', '.join(map(repr, INVERSION_METHODS))}.")
+    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(
+            f"`num_inference_steps` is {num_inference_steps!r}: use a whole number from 1 to {num_train_timesteps}."
+        )
+    if method == "null_text" and not guidance_scale > 1:
+        raise ValueError(
+            f"method='null_text' needs `guidance_scale` > 1, not {guidance_scale!r}: without guidance there is no null"
+            " embedding to optimise. Use method='direct'."
+        )
+    if num_inner_steps is not None and num_inner_steps < 1:
+        raise ValueError(f"`num_inner_steps` is {num_inner_steps}: use at least 1, or method='direct' for none.")

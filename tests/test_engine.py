@@ -1,0 +1,120 @@
+"""The engine gives the naive algorithm's result with a stated number of U-Net passes."""
+
+import pytest
+import torch
+from mde_edit.attention_processors import align_tokens, attention_layers
+from mde_edit.losses import binarize_mask, dilate_mask, resize_mask
+
+from .conftest import SOURCE, TARGET, count_unet_calls, make_pipe
+from .oracle import naive_edit
+
+
+SETTINGS = {
+    "guidance_scale": 3.0,
+    "cross_replace_steps": 0.8,
+    "self_replace_steps": 0.5,
+    "oal_weight": 1.0,
+    "ccl_weight": 1.25,
+    "optimization_steps": 0.6,
+    "optimization_iterations": 2,
+    "step_size": 1.0,
+    "max_update": 0.05,
+    "background_blend": 0.4,
+}
+DOG, RED = 2, 5
+
+
+@pytest.mark.parametrize("ccl_form", ["token_ratio", "both"])
+def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form):
+    h, w = inversion.latents.shape[-2:]
+    layers = attention_layers(pipe.unet, (h, w))
+    loss_layers = [layer for layer in layers if layer.is_cross and layer.size == (h, w)]
+    soft = [resize_mask(torch.from_numpy(m) > 0, (h, w)) for m in masks]
+    regions = [
+        ("object", (DOG,), soft[0].flatten(), binarize_mask(soft[0]).flatten()),
+        ("attribute", (RED,), soft[1].flatten(), binarize_mask(soft[1]).flatten()),
+    ]
+    expected = naive_edit(
+        pipe,
+        inversion,
+        pipe.embed(SOURCE).detach(),
+        pipe.embed(TARGET).detach(),
+        align_tokens(pipe.tokenizer, SOURCE, TARGET),
+        regions,
+        dilate_mask(((soft[0] + soft[1]) > 0).float(), 1),
+        [layer.name for layer in loss_layers],
+        {layer.name for layer in layers if not layer.is_cross and layer.pixels <= h * w // 4},
+        {**SETTINGS, "ccl_form": ccl_form},
+    )
+    out = pipe(
+        TARGET,
+        inversion,
+        object_masks={"dog": masks[0]},
+        attribute_masks={"red": masks[1]},
+        ccl_form=ccl_form,
+        output_type="latent",
+        **SETTINGS,
+    )
+    assert (out.images - expected).abs().max() < 1e-4
+    # The comparison has teeth only if the guidance moved the latents by far more than that.
+    plain = pipe(
+        TARGET, inversion, object_masks={"dog": masks[0]}, output_type="latent", **{**SETTINGS, "optimization_iterations": 0}
+    )
+    assert (out.images - plain.images).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("cross,self_", [(0.8, 0.4), (0.2, 0.8), (0.0, 0.0)])
+def test_pass_counts_of_an_edit(pipe, inversion, masks, cross, self_):
+    """source passes + guided steps x iterations (which end early) + one batched pass per step."""
+    n, iterations, guided = 5, 3, 2
+    with count_unet_calls(pipe.unet) as calls:
+        pipe(
+            TARGET,
+            inversion,
+            object_masks={"dog": masks[0]},
+            attribute_masks={"red": masks[1]},
+            cross_replace_steps=cross,
+            self_replace_steps=self_,
+            optimization_steps=guided / n,
+            optimization_iterations=iterations,
+        )
+    source = max(round(cross * n), round(self_ * n), guided)  # Eq. 6 reads the source in every guided step
+    assert calls["batch 2"] == n
+    assert calls["batch 1"] == source + guided * iterations
+    assert calls["complete"] == source + n  # the guidance passes left after the last layer the losses read
+
+
+def test_guidance_passes_do_not_reach_the_layers_above_the_losses(pipe, inversion, masks):
+    """Losses read the coarse level: nothing of the finer up blocks runs in a guidance pass."""
+    ran = []
+    hook = pipe.unet.up_blocks[-1].register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+    pipe(TARGET, inversion, object_masks={"dog": masks[0]}, attention_resolution=8, optimization_iterations=2)
+    hook.remove()
+    assert ran and not any(ran)
+
+
+def test_several_prompts_share_the_source_pass(pipe, inversion, masks):
+    prompts = [TARGET, "a tiger wearing a blue hat"]
+    objects = [{"dog": masks[0]}, {"tiger": masks[0]}]
+    settings = {**SETTINGS, "output_type": "latent"}
+    with count_unet_calls(pipe.unet) as calls:
+        both = pipe(prompts, inversion, object_masks=objects, **settings)
+    assert calls["batch 1"] == 4 + 2 * 3 * 2 and calls["batch 2"] == 2 * 5
+    for k in range(2):
+        alone = pipe(prompts[k], inversion, object_masks=objects[k], **settings)
+        assert torch.equal(alone.images, both.images[k : k + 1])
+
+
+def test_gradient_checkpointing_changes_nothing(components, inversion, masks, image):
+    pipe = make_pipe(components)
+    edit = {"object_masks": {"dog": masks[0]}, "attribute_masks": {"red": masks[1]}, **SETTINGS, "output_type": "latent"}
+    plain = pipe(TARGET, inversion, attention_resolution=8, **edit)
+    null = pipe.invert(image, SOURCE, num_inference_steps=2, num_inner_steps=2)
+    pipe.unet.enable_gradient_checkpointing()
+    try:
+        again = pipe(TARGET, inversion, attention_resolution=8, **edit)
+        null_again = pipe.invert(image, SOURCE, num_inference_steps=2, num_inner_steps=2)
+    finally:
+        pipe.unet.disable_gradient_checkpointing()
+    assert torch.allclose(plain.images, again.images, atol=1e-6)
+    assert torch.allclose(null.null_embeds, null_again.null_embeds, atol=1e-6)
