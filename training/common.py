@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import copy
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -50,7 +52,8 @@ class Budget:
     """How much of a run is done, by its seconds or its samples, whichever are nearer their end.
 
     Seconds and samples of earlier sessions count (`state_dict`), so a resumed run keeps its schedule; resumed with a
-    larger budget, it goes on in the larger one's schedule.
+    larger budget, it goes on in the larger one's schedule. A step counts for ten seconds at most, so that time in which
+    the process was suspended does not.
     """
 
     def __init__(self, seconds: float, samples: float = math.inf) -> None:
@@ -68,7 +71,7 @@ class Budget:
 
     def count(self, samples: int) -> None:
         now = time.monotonic()
-        self.seconds_done += now - self.last
+        self.seconds_done += min(now - self.last, 10.0)
         self.samples_done += samples
         self.last = now
 
@@ -104,6 +107,20 @@ def save_checkpoint(path: Path, **state) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+def save_half(module: torch.nn.Module, folder: Path) -> None:
+    """Save a diffusers or transformers model as fp16 safetensors that load as fp32 unless asked otherwise.
+
+    transformers 5 loads a model in the dtype that its config names, diffusers always in fp32: without this, a pipeline's
+    text encoder would be fp16 and its U-Net fp32.
+    """
+    copy.deepcopy(module).half().save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if "dtype" in config:
+        config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 # Data

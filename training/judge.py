@@ -28,6 +28,7 @@ from training.common import (
     pick_device,
     render_all,
     save_checkpoint,
+    save_half,
     to_tensor,
 )
 from training.scenes import COLORS, KINDS, PHRASINGS, RECOLORED, TEXTURES, Object, Scene, random_scene
@@ -178,7 +179,7 @@ class Judge:
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "Judge":
-        model = CLIPModel.from_pretrained(folder).float().to(device)
+        model = CLIPModel.from_pretrained(folder).to(device)
         return cls(model, CLIPTokenizer.from_pretrained(folder))
 
     @torch.no_grad()
@@ -335,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = accuracy(Judge(model, tokenizer), held_out_scenes(args.measured))
     (args.out / "accuracy.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(figures)
-    model.half().save_pretrained(args.out)
+    save_half(model, args.out)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from training.common import (
     learning_rate,
     pick_device,
     save_checkpoint,
+    save_half,
     to_images,
     to_tensor,
 )
@@ -161,7 +162,7 @@ def spread_timesteps(count: int, device: torch.device) -> torch.Tensor:
 def export(folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer) -> None:
     """Write a diffusers folder, fp16, that `StableDiffusionPipeline.from_pretrained` loads."""
     for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text)):
-        copy.deepcopy(module).half().save_pretrained(folder / name)
+        save_half(module, folder / name)
     tokenizer = Path(tokenizer)
     (folder / "tokenizer").mkdir(exist_ok=True)
     for file in sorted(tokenizer.iterdir()):
