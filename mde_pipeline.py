@@ -201,16 +201,17 @@ class MDEEditPipeline(StableDiffusionPipeline):
     def ddim_scheduler(self, num_inference_steps: int, inverse: bool = False):
         """A DDIM scheduler (or its inverse) for the noise schedule this model was trained with, timesteps set.
 
-        Made from the config of whatever scheduler the pipeline holds. Its clipping and thresholding are switched off
-        (they cannot be inverted), and "linspace" spacing, which DDIM steps do not retrace, becomes "leading".
+        Made from the config of whatever scheduler the pipeline holds: its betas and prediction type. Clipping and
+        thresholding stay off (they cannot be inverted), and "linspace" spacing, which DDIM steps do not retrace,
+        becomes "leading".
         """
         config = self.scheduler.config
+        schedule = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         trailing = config.get("timestep_spacing") == "trailing"
         scheduler_class = DDIMInverseScheduler if inverse else DDIMScheduler
-        scheduler = scheduler_class.from_config(
-            config,
+        scheduler = scheduler_class(
+            **{k: config[k] for k in (*schedule, "prediction_type", "rescale_betas_zero_snr") if k in config},
             clip_sample=False,
-            thresholding=False,
             set_alpha_to_one=config.get("set_alpha_to_one", False),
             timestep_spacing="trailing" if trailing else "leading",
             steps_offset=0 if trailing else 1,
@@ -455,7 +456,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
 
         self.maybe_free_model_hooks()
         return Inversion(
-            latents=trajectory,
+            latents=trajectory.contiguous(),
             null_embeds=null_embeds,
             prompt=prompt,
             method=method,
@@ -676,8 +677,8 @@ class MDEEditPipeline(StableDiffusionPipeline):
             self.check_prompt(source_prompt, "source_prompt")
             steps, scale = num_inference_steps or 50, 7.5 if guidance_scale is None else guidance_scale
             check_inversion_settings(inversion_method, steps, scale, self.scheduler.config.num_train_timesteps)
-            pixels = self.prepare_image(image, None, None)
-            latent_size = tuple(side // self.vae_scale_factor for side in pixels.shape[-2:])
+            sides = self.prepare_image(image, None, None).shape[-2:]
+            latent_size = tuple(side // self.vae_scale_factor for side in sides)
         else:
             if source_prompt is not None:
                 raise ValueError("`source_prompt` goes with `image`; an inversion knows its own prompt.")
@@ -702,7 +703,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
         ]
         scheduler = self.ddim_scheduler(steps)
         if inversion is None:
-            inversion = self.invert(pixels, source_prompt, steps, inversion_method, scale)
+            inversion = self.invert(image, source_prompt, steps, inversion_method, scale)
         else:
             fingerprint = model_fingerprint(self.unet, self.text_encoder)
             inversion.check_matches(fingerprint, str(self.unet.dtype), scheduler)

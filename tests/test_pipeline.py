@@ -1,0 +1,488 @@
+"""The edit as a whole, on a tiny pipeline of Stable Diffusion 1.4's shape."""
+
+import copy
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from mde_edit.attention_processors import (
+    Inject,
+    Record,
+    UNetExit,
+    align_maps,
+    align_tokens,
+    attention_control,
+    attention_layers,
+)
+from mde_edit.losses import dilate_mask, resize_mask
+
+from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe
+
+
+@pytest.fixture
+def edit(pipe, inversion, masks):
+    """A short edit with everything on; keyword arguments change it."""
+    base = {
+        "inversion": inversion,
+        "object_masks": {"dog": masks[0]},
+        "attribute_masks": {"red": masks[1]},
+        "optimization_iterations": 2,
+        "output_type": "latent",
+    }
+
+    def run(prompt=TARGET, **changes):
+        return pipe(prompt, **{**base, **changes})
+
+    return run
+
+
+def latent_mask(masks, dilation=1):
+    return dilate_mask(sum(resize_mask(torch.from_numpy(m) > 0, (16, 24)) for m in masks).gt(0).float(), dilation).bool()
+
+
+# What the result is
+
+
+def test_outside_the_dilated_masks_the_latents_are_the_sources(edit, inversion, masks):
+    out = edit()
+    mask = latent_mask(masks)
+    assert torch.equal(out.images[0][:, ~mask], inversion.latents[-1][:, ~mask])
+    assert (out.images[0][:, mask] - inversion.latents[-1][:, mask]).abs().max() > 0.01
+
+
+def test_without_masks_it_is_prompt_to_prompt(edit, inversion, pipe):
+    with count_unet_calls(pipe.unet) as calls:
+        out = edit(object_masks=None, attribute_masks=None)
+    assert calls["batch 1"] == 4 and out.losses == [[]]  # source passes only
+    assert (out.images - inversion.latents[-1:]).abs().min() > 0  # no M, no blending
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"guidance_scale": 5.0},
+        {"guidance_scale": 1.0},
+        {"cross_replace_steps": 0.2},
+        {"self_replace_steps": 0.0},
+        {"oal_weight": 0.0},
+        {"ccl_weight": 0.1},
+        {"ccl_form": "spatial_ratio"},
+        {"ccl_form": "both"},
+        {"optimization_steps": 0.2},
+        {"optimization_iterations": 1},
+        {"optimization_tolerance": 1e9},
+        {"step_size": 0.1},
+        {"max_update": 0.01},
+        {"max_update": None},
+        {"attention_resolution": 8},
+        {"mask_dilation": 0},
+        {"background_blend": 0.0},
+        {"eta": 0.5},
+        {"prompt": "a dog wearing a blue hat", "attribute_masks": None},
+        {"object_masks": None},
+        {"attribute_masks": None},
+    ],
+    ids=str,
+)
+def test_every_parameter_changes_the_result(edit, change):
+    torch.manual_seed(0)
+    iterations = {"optimization_iterations": 3} if "optimization_tolerance" in change else {}
+    difference = (edit(**iterations).images - edit(**{**iterations, **change}).images).abs().max()
+    assert difference > 1e-4
+
+
+def test_noise_comes_from_the_generator(edit):
+    seeds = [edit(eta=0.5, generator=torch.Generator().manual_seed(s)).images for s in (0, 0, 1)]
+    assert torch.equal(seeds[0], seeds[1]) and not torch.equal(seeds[0], seeds[2])
+
+
+def test_guidance_lowers_the_losses_and_raises_the_share_inside(edit, masks):
+    out = edit(optimization_iterations=8, output_attention_maps=True, optimization_steps=0.4)
+    for step in {entry["step"] for entry in out.losses[0]}:
+        losses = [entry for entry in out.losses[0] if entry["step"] == step]
+        assert losses[-1]["loss"] < losses[0]["loss"]
+    for key, mask in (("dog", masks[0]), ("red", masks[1])):
+        maps = out.attention_maps[0][key]
+        assert maps.shape == (2, 2, 16, 24)  # guided steps, before/after, h, w
+        inside = resize_mask(torch.from_numpy(mask) > 0, (16, 24))
+        shares = (maps * inside).sum((-1, -2)) / maps.sum((-1, -2))
+        assert (shares[:, 1] > shares[:, 0]).all()
+
+
+def test_the_loss_history_is_complete(edit):
+    history = edit().losses[0]
+    assert [(e["step"], e["iteration"]) for e in history] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(np.isclose(e["loss"], e["oal"] + 1.25 * e["ccl"]) and 0 <= e["capped"] <= 1 for e in history)
+    assert "ccl" not in edit(attribute_masks=None).losses[0][0]
+
+
+@pytest.mark.parametrize("weights", [{"oal_weight": 0.0, "ccl_weight": 0.0}, {"optimization_iterations": 0}, {"optimization_steps": 0.0}])
+def test_no_losses_means_no_guidance_passes(edit, pipe, weights):
+    with count_unet_calls(pipe.unet) as calls:
+        out = edit(**weights)
+    assert calls["batch 1"] == 4 and out.losses == [[]]
+
+
+def test_a_shared_word_with_a_mask_keeps_its_own_map(edit):
+    """'hat' stands in both prompts; as an edited word it must not be overwritten by the source's map."""
+    assert edit(object_masks={"hat": np.ones((HEIGHT, WIDTH), bool)}).losses[0][0]["oal"] > 0
+    a, b = (edit(object_masks={"hat": np.ones((HEIGHT, WIDTH), bool)}, oal_weight=w).images for w in (0.0, 5.0))
+    assert (a - b).abs().max() > 1e-3
+
+
+def test_masks_in_every_form_mean_the_same(edit, masks):
+    uint8 = masks[0]
+    forms = [
+        uint8,
+        uint8 > 0,
+        (uint8 > 0).astype(np.uint8),
+        (uint8 > 0).astype(np.int64),
+        uint8 / 255.0,
+        PIL.Image.fromarray(uint8),
+        PIL.Image.fromarray(uint8).convert("RGB"),
+        PIL.Image.fromarray(uint8).convert("1"),
+        torch.from_numpy(uint8),
+        torch.from_numpy(uint8)[None] > 0,
+        uint8[..., None],
+        PIL.Image.fromarray(uint8).resize((2 * WIDTH, 2 * HEIGHT), 0),
+        uint8[::-1][::-1],
+    ]
+    first, *others = [edit(object_masks={"dog": form}).images for form in forms]
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_two_masks_for_the_same_tokens_are_one_region(edit, masks):
+    union = np.maximum(*masks)
+    merged = edit(object_masks={"dog": masks[0], 2: masks[1]}, attribute_masks=None)
+    assert torch.equal(merged.images, edit(object_masks={"dog": union}, attribute_masks=None).images)
+
+
+def test_an_object_and_an_attribute_may_share_a_word(edit, masks):
+    out = edit(attribute_masks={"dog": masks[0]})
+    assert {"oal", "ccl"} <= set(out.losses[0][0])
+
+
+def test_occurrences_positions_and_phrases_name_words(edit, masks):
+    prompt = "a dog and a dog"
+    second = edit(prompt, object_masks={("dog", 1): masks[0]}, attribute_masks=None)
+    assert torch.equal(second.images, edit(prompt, object_masks={5: masks[0]}, attribute_masks=None).images)
+    first = edit(prompt, object_masks={("dog", 0): masks[0]}, attribute_masks=None)
+    assert not torch.equal(second.images, first.images)
+    phrase = edit("a polar bear", object_masks={"polar bear": masks[0]}, attribute_masks=None)
+    assert torch.equal(phrase.images, edit("a polar bear", object_masks={(2, 3): masks[0]}, attribute_masks=None).images)
+
+
+def test_a_full_mask_and_a_tiny_one_work(edit):
+    everything, speck = np.ones((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), bool)
+    speck[40, 40] = True
+    assert torch.isfinite(edit(object_masks={"dog": everything}, attribute_masks={"red": speck}).images).all()
+
+
+# Attention control
+
+
+def run_control(pipe, inversion, control, prompt, batch=1):
+    t, embeds = inversion.timesteps[0], pipe.embed(prompt)
+    with attention_control(pipe.unet), torch.no_grad():
+        z = inversion.latents[:1].repeat(batch, 1, 1, 1)
+        kwargs = {"control": control} if control else None
+        return pipe.unet(z, t, embeds.repeat(batch, 1, 1), cross_attention_kwargs=kwargs).sample
+
+
+@pytest.fixture
+def record(pipe, inversion):
+    layers = attention_layers(pipe.unet, (16, 24))
+    cross, own = (frozenset(layer.name for layer in layers if layer.is_cross == c) for c in (True, False))
+    record = Record(cross, own)
+    run_control(pipe, inversion, record, SOURCE)
+    return record
+
+
+def test_layers_have_the_order_and_sizes_of_a_real_pass(pipe, inversion, record):
+    """The record's dictionaries fill in execution order; the static list must name the same layers and pixels."""
+    layers = attention_layers(pipe.unet, (16, 24))
+    assert [layer.name for layer in layers if layer.is_cross] == list(record.cross)
+    assert [layer.name for layer in layers if not layer.is_cross] == list(record.self_qk)
+    assert all(record.cross[layer.name].shape == (8, layer.pixels, 77) for layer in layers if layer.is_cross)
+    odd = Record(frozenset(layer.name for layer in layers if layer.is_cross), frozenset())
+    with attention_control(pipe.unet), torch.no_grad():
+        pipe.unet(torch.zeros(1, 4, 15, 23), 1, pipe.embed(SOURCE), cross_attention_kwargs={"control": odd})
+    assert [m.shape[1] for m in odd.cross.values()] == [
+        layer.pixels for layer in attention_layers(pipe.unet, (15, 23)) if layer.is_cross
+    ]
+
+
+def test_recorded_maps_are_probabilities_and_recording_changes_nothing(pipe, inversion, record):
+    assert all(torch.allclose(m.sum(-1), torch.ones(()), atol=1e-5) for m in record.cross.values())
+    layers = frozenset(record.cross), frozenset(record.self_qk)
+    plain, recorded = (run_control(pipe, inversion, c, SOURCE) for c in (None, Record(*layers)))
+    assert torch.allclose(plain, recorded, atol=1e-4)
+
+
+def test_injecting_a_pass_into_itself_changes_nothing(pipe, inversion, record):
+    alignment = align_tokens(pipe.tokenizer, SOURCE, SOURCE)
+    control = Inject(align_maps(record.cross, alignment), alignment.shared, record.self_qk)
+    assert torch.allclose(run_control(pipe, inversion, control, SOURCE), run_control(pipe, inversion, None, SOURCE), atol=1e-4)
+
+
+def test_injected_maps_are_the_sources_on_shared_words_and_their_own_on_new_ones(pipe, inversion, record):
+    alignment = align_tokens(pipe.tokenizer, SOURCE, TARGET)
+    aligned = align_maps(record.cross, alignment)
+    name = next(iter(aligned))
+    for j in range(77):
+        expected = record.cross[name][..., alignment.mapper[j]] if alignment.shared[j] else torch.zeros(())
+        assert torch.equal(aligned[name][..., j], expected.expand_as(aligned[name][..., j]))
+    control = Inject(aligned, alignment.shared, {}, capture_layers=frozenset(aligned))
+    run_control(pipe, inversion, control, TARGET)
+    assert torch.allclose(control.captured[name].sum(-1), torch.ones(()), atol=1e-5)  # A*, before injection
+
+
+def test_injection_leaves_the_other_rows_alone(pipe, inversion, record):
+    alignment = align_tokens(pipe.tokenizer, SOURCE, TARGET)
+    control = Inject(align_maps(record.cross, alignment), alignment.shared, record.self_qk)
+    plain = run_control(pipe, inversion, None, TARGET, batch=2)
+    injected = run_control(pipe, inversion, control, TARGET, batch=2)
+    assert torch.allclose(plain[0], injected[0], atol=1e-4)
+    assert (plain[1] - injected[1]).abs().max() > 1e-2
+
+
+def test_a_pass_ends_where_it_is_told(pipe, inversion, record):
+    name = list(record.cross)[3]
+    control = Inject({}, torch.zeros(77, dtype=torch.bool), {}, frozenset(record.cross), exit_after=name)
+    with pytest.raises(UNetExit):
+        run_control(pipe, inversion, control, TARGET)
+    assert list(control.captured) == list(record.cross)[:4]
+
+
+# Nothing is left changed
+
+
+def state_of(pipe):
+    return (
+        {name: id(p) for name, p in pipe.unet.attn_processors.items()},
+        [p.requires_grad for p in pipe.unet.parameters()],
+        id(pipe.scheduler),
+        copy.deepcopy(dict(pipe.scheduler.config)),
+        copy.deepcopy({k: v for k, v in vars(pipe.scheduler).items() if isinstance(v, (int, float, list, type(None)))}),
+        {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()},
+        [p.grad for p in pipe.unet.parameters()],
+        torch.is_grad_enabled(),
+    )
+
+
+def failing_at(step, error):
+    def callback(pipe, i, t, kwargs):
+        if i == step:
+            raise error
+
+    return callback
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()], ids=["exception", "ctrl-c"])
+def test_everything_is_restored_after_an_interruption(edit, pipe, step, error):
+    list(pipe.unet.parameters())[0].requires_grad_(False)
+    before = state_of(pipe)
+    with pytest.raises(type(error)):
+        edit(callback_on_step_end=failing_at(step, error))
+    assert state_of(pipe) == before
+    list(pipe.unet.parameters())[0].requires_grad_(True)
+
+
+def test_everything_is_restored_after_success_and_after_a_failing_guidance_pass(edit, pipe, image, monkeypatch):
+    before = state_of(pipe)
+    edit()
+    pipe.invert(image, SOURCE, 2, num_inner_steps=1)
+    assert state_of(pipe) == before
+    monkeypatch.setattr(pipe, "target_maps", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        edit()
+    assert state_of(pipe) == before
+
+
+def test_the_weights_get_no_gradient_and_inference_mode_is_no_obstacle(edit, pipe):
+    normal = edit().images
+    with torch.inference_mode():
+        assert torch.equal(edit().images, normal)
+    assert all(p.grad is None for p in pipe.unet.parameters())
+
+
+# Shapes, dtypes, schedulers
+
+
+@pytest.mark.parametrize("method", ["null_text", "direct"])
+def test_bfloat16(components, image, masks, method):
+    pipe = make_pipe(copy.deepcopy(components)).to(torch.bfloat16)
+    inverted = pipe.invert(image, SOURCE, 2, method=method, num_inner_steps=1)
+    assert inverted.latents.dtype == inverted.null_embeds.dtype == torch.float32
+    edit = {"object_masks": {"dog": masks[0]}, "attribute_masks": {"red": masks[1]}, "optimization_iterations": 1}
+    out = pipe(TARGET, inverted, optimization_steps=0.5, output_type="latent", **edit)
+    assert out.images.dtype == torch.float32 and torch.isfinite(out.images).all() and len(out.losses[0]) == 1
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"prediction_type": "v_prediction"}, {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}], ids=str
+)
+def test_other_schedulers(components, image, masks, scheduler):
+    pipe = make_pipe(components, **scheduler)
+    inverted = pipe.invert(image, SOURCE, 4, guidance_scale=3.0, num_inner_steps=2)
+    same = pipe(SOURCE, inverted, output_type="latent")
+    assert torch.allclose(same.images, inverted.latents[-1:], atol=1e-3)
+    out = pipe(TARGET, inverted, object_masks={"dog": masks[0]}, optimization_iterations=2, output_type="latent")
+    assert torch.isfinite(out.images).all() and len(out.losses[0]) == 4
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 40), (60, 92)])
+def test_any_size_square_portrait_or_odd(pipe, image, size):
+    picture = np.resize(image, (*size, 3))
+    mask = np.zeros(size, bool)
+    mask[: size[0] // 2] = True
+    out = pipe(
+        TARGET,
+        image=picture,
+        source_prompt=SOURCE,
+        num_inference_steps=3,
+        object_masks={"dog": mask},
+        optimization_iterations=1,
+        inversion_method="direct",
+        output_type="np",
+    )
+    assert out.images.shape == (1, *size, 3)
+
+
+# The interface
+
+
+def test_invert_and_edit_in_one_call(pipe, inversion, image, masks):
+    edit = {"object_masks": {"dog": masks[0]}, "optimization_iterations": 1, "guidance_scale": 3.0, "output_type": "latent"}
+    one = pipe(TARGET, image=image, source_prompt=SOURCE, num_inference_steps=5, inversion_method="direct", **edit)
+    assert torch.equal(one.images, pipe(TARGET, inversion, **edit).images)
+
+
+@pytest.mark.parametrize("output_type,kind", [("pil", PIL.Image.Image), ("np", np.ndarray), ("pt", torch.Tensor)])
+def test_output_types(edit, output_type, kind):
+    out = edit(prompt=[TARGET, TARGET], output_type=output_type)
+    assert len(out.images) == 2 and len(out.source_images) == 1
+    assert isinstance(out.images[0] if output_type == "pil" else out.images, kind)
+    as_tuple = edit(output_type=output_type, return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == 5 and out.nsfw_content_detected is None
+
+
+def test_callbacks_see_and_replace_latents_and_can_stop(edit, pipe):
+    seen = []
+
+    def zero_at_the_end(p, i, t, kwargs):
+        seen.append((i, int(t), tuple(kwargs["latents"].shape)))
+        return {"latents": kwargs["latents"] * 0} if i == 4 else {}
+
+    assert edit(callback_on_step_end=zero_at_the_end).images.abs().max() == 0
+    assert seen == [(i, t, (1, 4, 16, 24)) for i, t in enumerate((801, 601, 401, 201, 1))]
+
+    def stop(p, i, t, kwargs):
+        p._interrupt = i == 1
+        return kwargs
+
+    with count_unet_calls(pipe.unet) as calls:
+        edit(callback_on_step_end=stop)
+    assert calls["batch 2"] == 2
+
+
+def test_masks_may_be_given_per_prompt(edit, masks):
+    out = edit(
+        prompt=[TARGET, "a tiger wearing a straw hat"],
+        object_masks=[{"dog": masks[0]}, {"tiger": masks[0]}],
+        attribute_masks=[{"red": masks[1]}, None],
+    )
+    assert "ccl" in out.losses[0][0] and "ccl" not in out.losses[1][0]
+
+
+def bad_mask(value=None, shape=(HEIGHT, WIDTH)):
+    mask = np.zeros(shape, np.float32)
+    if value is not None:
+        mask[0, 0] = value
+    return mask
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"object_masks": {"cat": bad_mask(1)}}, "'cat' is not in the prompt 'a dog wearing a red hat'"),
+        ({"object_masks": {"a": bad_mask(1)}}, "'a' occurs 2 times"),
+        ({"object_masks": {"dog": bad_mask()}}, r"object_masks\['dog'\] is empty"),
+        ({"attribute_masks": {"red": bad_mask()}}, r"attribute_masks\['red'\] is empty"),
+        ({"object_masks": {"dog": bad_mask(0.3)}}, "is empty"),
+        ({"object_masks": {"dog": bad_mask(float("nan"))}}, "not finite"),
+        ({"object_masks": {"dog": bad_mask(3.0)}}, "values from 0 to 3"),
+        ({"object_masks": {"dog": bad_mask(-1.0)}}, "values from -1"),
+        ({"object_masks": {"dog": bad_mask(1, (WIDTH, HEIGHT))}}, "is it transposed"),
+        ({"object_masks": {"dog": np.ones((2, HEIGHT, WIDTH))}}, r"has shape \(2, 64, 96\)"),
+        ({"object_masks": {"dog": np.ones(3)}}, r"has shape \(3,\)"),
+        ({"object_masks": {"dog": "mask.png"}}, "is a str: pass a PIL image"),
+        ({"object_masks": [{}, {}]}, "one dict per prompt"),
+        ({"prompt": []}, "empty list"),
+        ({"prompt": ["", TARGET]}, "`prompt` is ''"),
+        ({"prompt": "dog " * 80}, "has 80 tokens"),
+        ({"inversion": None}, "Pass either `inversion`"),
+        ({"image": bad_mask()}, "Pass either `inversion`"),
+        ({"inversion": None, "image": np.zeros((HEIGHT, WIDTH, 3), np.uint8)}, "`image` needs `source_prompt`"),
+        ({"inversion": None, "image": np.full((64, 96, 3), np.nan), "source_prompt": SOURCE}, "not finite"),
+        ({"inversion": None, "image": np.zeros((64, 96, 3)), "source_prompt": "cat " * 80}, "has 80 tokens"),
+        ({"inversion": None, "image": np.zeros((64, 96, 3)), "source_prompt": SOURCE, "num_inference_steps": 2000}, "from 1 to 1000"),
+        ({"source_prompt": SOURCE}, "an inversion knows its own prompt"),
+        ({"attention_resolution": 12}, r"at this image size the U-Net has \[2, 4, 8, 16\]"),
+        ({"cross_replace_steps": 1.5}, "`cross_replace_steps` is 1.5: use a number from 0 to 1"),
+        ({"self_replace_steps": -0.1}, "`self_replace_steps`"),
+        ({"optimization_steps": 20}, "`optimization_steps` is 20"),
+        ({"optimization_iterations": 1.5}, "whole number of at least 0"),
+        ({"background_blend": 2}, "`background_blend`"),
+        ({"oal_weight": -1}, "`oal_weight`"),
+        ({"ccl_weight": float("nan")}, "`ccl_weight`"),
+        ({"step_size": "big"}, "`step_size`"),
+        ({"max_update": -1}, "`max_update`"),
+        ({"mask_dilation": 0.5}, "`mask_dilation`"),
+        ({"optimization_tolerance": None}, "`optimization_tolerance`"),
+        ({"guidance_scale": 0.5}, "`guidance_scale` is 0.5"),
+        ({"eta": 2}, "`eta`"),
+        ({"ccl_form": "eq6"}, "choose one of 'token_ratio', 'spatial_ratio', 'both'"),
+        ({"output_type": "jpg"}, "choose 'pil'"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"choose from \['latents'\]"),
+    ],
+)
+def test_bad_input_is_refused_before_any_pass(edit, pipe, change, message):
+    before = state_of(pipe)
+    with count_unet_calls(pipe.unet) as calls, pytest.raises(ValueError, match=message):
+        edit(**change)
+    assert not calls and state_of(pipe) == before
+
+
+def test_a_model_without_cross_attention_is_refused(pipe, monkeypatch, inversion):
+    monkeypatch.setattr(type(pipe.unet), "attn_processors", {"mid_block.attentions.0.to_k.processor": None})
+    with pytest.raises(ValueError, match="not of Stable Diffusion"):
+        pipe.loss_layers((16, 24), None)
+    monkeypatch.setattr(type(pipe.unet), "attn_processors", {})
+    with pytest.raises(ValueError, match="has no cross-attention"):
+        pipe.loss_layers((16, 24), None)
+
+
+def test_the_loss_level_is_the_coarsest_with_sixteen_cells(pipe):
+    side = lambda size, r=None: min(pipe.loss_layers(size, r)[0].size)  # noqa: E731
+    assert side((64, 64)) == 16 and side((96, 64)) == 16 and side((16, 24)) == 16
+    assert side((8, 12)) == 8  # nothing has sixteen: the finest
+    assert side((64, 64), 32) == 32
+
+
+@pytest.mark.parametrize("poison", ["loss", "latents"])
+def test_non_finite_numbers_stop_the_run_and_say_what_to_try(edit, pipe, monkeypatch, poison):
+    if poison == "loss":
+        monkeypatch.setattr(pipe, "target_maps", lambda z, *a: (z.sum() * float("nan")).expand(24, 384, 77))
+        with pytest.raises(FloatingPointError, match="iteration 0 .*Lower `step_size`"):
+            edit()
+    else:
+        with pytest.raises(FloatingPointError, match="at step .*Lower `guidance_scale`"):
+            edit(guidance_scale=1e38, object_masks=None, attribute_masks=None)
+
+
+def test_tokens_lists_words_and_positions(pipe):
+    assert pipe.tokens("a dog, wearing") == [("a", (1,)), ("dog", (2,)), (",", (3,)), ("wearing", (4,))]
