@@ -1,0 +1,32 @@
+# `make demo` and `make test` do everything on a fresh machine: a virtual environment in .venv, pinned packages, the job.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= demo_out
+
+.PHONY: demo examples test test-slow lint clean
+
+demo: $(VENV)/demo
+	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)
+
+examples: $(VENV)/demo
+	for case in examples/*/; do $(BIN)/mde-edit edit --config $$case/edit.json --out $$case || exit 1; done
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(OUT)
+
+# One stamp per extra; torch first, so that nothing else decides which build of it comes.
+$(VENV)/%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
+	touch $@
