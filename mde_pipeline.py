@@ -5,7 +5,9 @@
 edits it. The losses are in `losses.py`, attention control in `attention_processors.py`, inversion in `inversion.py`.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -30,6 +32,7 @@ from .attention_processors import (
     find_token_indices,
     prompt_words,
 )
+from .bundle import self_contained_source
 from .inversion import (
     Inversion,
     check_inversion_settings,
@@ -54,6 +57,7 @@ from .losses import (
 
 logger = logging.get_logger(__name__)
 
+MODULE_NAME = "mde_edit"  # of the code file that a saved pipeline brings along
 CCL_FORMS = ("token_ratio", "spatial_ratio", "both")
 MaskInput = Union[PIL.Image.Image, np.ndarray, torch.Tensor]
 Masks = Dict[WordKey, MaskInput]
@@ -180,6 +184,44 @@ class MDEEditPipeline(StableDiffusionPipeline):
     """
 
     _callback_tensor_inputs = ["latents"]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Loading and saving
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs) -> "MDEEditPipeline":
+        """A pipeline with the components of another Stable Diffusion pipeline, shared, in the dtypes they have.
+
+        Unlike [`DiffusionPipeline.from_pipe`], which casts them, and so the source pipeline, to float32 unless told
+        otherwise. With `dtype` (`torch_dtype` before diffusers 0.40) the shared components are cast to that.
+        """
+        if any(kwargs.get(name) is not None for name in ("dtype", "torch_dtype", "custom_pipeline")):
+            return super().from_pipe(pipeline, **kwargs)
+        components, options = cls._get_signature_keys(cls)
+        given = {k: v for k, v in pipeline.components.items() if k in components}
+        given.update({k: pipeline.config[k] for k in options if k in pipeline.config})
+        pipe = cls(**{**given, **kwargs})
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe
+
+    def save_config(self, save_directory, **kwargs) -> None:
+        """Write `model_index.json` and, beside it, the code it names: what is saved loads again by
+        `DiffusionPipeline.from_pretrained(save_directory, trust_remote_code=True)`, with or without this package."""
+        super().save_config(save_directory, **kwargs)
+        index = Path(save_directory) / self.config_name
+        content = {**json.loads(index.read_text()), "_class_name": [MODULE_NAME, "MDEEditPipeline"]}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        Path(save_directory, f"{MODULE_NAME}.py").write_text(self_contained_source(Path(__file__)), encoding="utf-8")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file) -> Dict[str, Any]:
+        # Whoever loads through this class has the code: the copy in the model's folder is for those who have not, and
+        # would ask for their trust.
+        config = super()._dict_from_json_file(json_file)
+        if config.get("_class_name") == [MODULE_NAME, "MDEEditPipeline"]:
+            config["_class_name"] = "MDEEditPipeline"
+        return config
 
     # -----------------------------------------------------------------------------------------------------------------
     # Preparation

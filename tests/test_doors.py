@@ -1,0 +1,268 @@
+"""Every way in: each test loads the pipeline as a user would, through diffusers' own loading code, and edits a picture.
+An edit is deterministic, so every door must give the same bytes."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from mde_edit import MDEEditPipeline
+
+from .conftest import make_pipe
+from .door_kit import ROOT, clone, run_script, short_edit
+from .loopback_hub import Hub
+
+
+@pytest.fixture(scope="session")
+def model(components, tmp_path_factory):
+    """A Stable Diffusion model as anyone saves one."""
+    folder = tmp_path_factory.mktemp("hub") / "stable-diffusion"
+    parts = make_pipe(components).components
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(model):
+    """The edit through the first door: the installed package."""
+    return short_edit(MDEEditPipeline.from_pretrained(model))
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory):
+    return clone(tmp_path_factory.mktemp("clone") / "mde_edit")
+
+
+@pytest.fixture(scope="module")
+def hub(model, repository):
+    """A Hub with the model at user/sd and this repository, as it is, at user/mde-edit."""
+    hub = Hub()
+    hub.add("user/sd", model)
+    hub.add("user/mde-edit", repository)
+    with hub.running():
+        yield hub
+
+
+# 1. The package
+
+
+def test_from_pipe_shares_the_weights_and_leaves_the_source_pipe_alone(model, expected):
+    source = StableDiffusionPipeline.from_pretrained(model)
+    source.enable_attention_slicing()
+    processors = dict(source.unet.attn_processors)
+    pipe = MDEEditPipeline.from_pipe(source)
+    assert pipe.unet is source.unet and pipe.vae is source.vae
+    assert dict(source.unet.attn_processors) == processors
+    source.disable_attention_slicing()
+    assert short_edit(pipe) == expected
+    assert type(source) is StableDiffusionPipeline and source("a cat", num_inference_steps=1, output_type="np").images.size
+
+
+def test_from_pipe_keeps_every_component_in_its_dtype(model):
+    source = StableDiffusionPipeline.from_pretrained(model)
+    source.unet.to(torch.bfloat16)  # mixed on purpose: a half-precision U-Net with a full-precision VAE
+    before = {name: {p.dtype for p in getattr(source, name).parameters()} for name in ("unet", "vae", "text_encoder")}
+    pipe = MDEEditPipeline.from_pipe(source)
+    assert before == {name: {p.dtype for p in getattr(pipe, name).parameters()} for name in before}
+    MDEEditPipeline.from_pipe(copy.deepcopy(source), torch_dtype=torch.bfloat16)
+    halved = MDEEditPipeline.from_pipe(copy.deepcopy(source), dtype=torch.bfloat16)
+    assert halved.vae.dtype == halved.unet.dtype == torch.bfloat16
+
+
+# 2. Local code
+
+
+LOCAL = {
+    "folder": "pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=str(repository), trust_remote_code=True)",
+    "file": (
+        "pipe = DiffusionPipeline.from_pretrained("
+        "model, custom_pipeline=str(repository / 'mde_pipeline.py'), trust_remote_code=True)"
+    ),
+    "name": "pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline='mde_edit', trust_remote_code=True)",
+    "from_pipe": (
+        "pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)\n"
+        "pipe = DiffusionPipeline.from_pipe("
+        "pipe, custom_pipeline=str(repository), trust_remote_code=True, torch_dtype=torch.float32)"
+    ),
+}
+
+
+@pytest.mark.parametrize("route", LOCAL)
+def test_local_code(route, model, repository, expected, tmp_path):
+    script = f"""
+from pathlib import Path
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+model, repository = {str(model)!r}, Path({str(repository)!r})
+{LOCAL[route]}
+print("module", type(pipe).__module__)
+print("edit", short_edit(pipe))
+"""
+    printed, _ = run_script(script, tmp_path / "home", cwd=repository.parent)
+    assert printed == {"module": "diffusers_modules.local.mde_pipeline", "edit": expected}
+
+
+OTHER = """
+from diffusers import DiffusionPipeline
+from .losses import NAME
+
+
+class OtherPipeline(DiffusionPipeline):
+    name = NAME
+
+    def __init__(self, unet):
+        super().__init__()
+        self.register_modules(unet=unet)
+"""
+
+
+def test_two_local_plug_ins_in_one_process_in_any_order(model, repository, expected, tmp_path):
+    """diffusers runs every local `pipeline.py` as one and the same module and puts every plug-in's helpers into one
+    folder: another one with a `losses.py` of its own must neither see ours nor give us its own."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "pipeline.py").write_text(OTHER)
+    (other / "losses.py").write_text("NAME = 'the other losses'\n")
+    script = f"""
+from diffusers import DiffusionPipeline
+def load(folder):
+    return DiffusionPipeline.from_pretrained({str(model)!r}, custom_pipeline=folder, trust_remote_code=True)
+ours, other = {str(repository)!r}, {str(other)!r}
+for turn, folder in enumerate((ours, other, other, ours, other)):
+    pipe = load(folder)
+    assert type(pipe).__name__ == ("MDEEditPipeline" if folder == ours else "OtherPipeline")
+    assert folder == ours or pipe.name == "the other losses"
+    if turn in (0, 3):
+        print(f"edit{{turn}}", short_edit(pipe))
+"""
+    printed, _ = run_script(script, tmp_path / "home", cwd=tmp_path)
+    assert printed == {"edit0": expected, "edit3": expected}
+
+
+# 3. The Hub
+
+
+HUB_SCRIPT = """
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("user/sd", custom_pipeline="user/mde-edit", trust_remote_code=True)
+print("module", type(pipe).__module__)
+print("edit", short_edit(pipe))
+"""
+
+
+def test_hub_code_then_from_cache_then_offline(hub, expected, tmp_path):
+    home = tmp_path / "home"
+    first, _ = run_script(HUB_SCRIPT, home, tmp_path, hub)
+    sha = hub.sha("models", "user/mde-edit")
+    assert first == {"module": f"diffusers_modules.local.user--mde-edit.{sha}.mde_pipeline", "edit": expected}
+
+    downloads = [path for method, path in hub.requests if method == "GET" and "/resolve/" in path]
+    assert any(path.endswith("attention_processors.py") for path in downloads)
+    hub.requests.clear()
+    again, _ = run_script(HUB_SCRIPT, home, tmp_path, hub)
+    assert again == first
+    assert not [path for method, path in hub.requests if method == "GET" and "/resolve/" in path]
+
+
+OFFLINE_SCRIPT = """
+from huggingface_hub import snapshot_download
+from diffusers import DiffusionPipeline
+try:
+    DiffusionPipeline.from_pretrained("user/sd", custom_pipeline="user/mde-edit", trust_remote_code=True)
+except Exception as error:
+    print("repository", type(error).__name__)
+pipe = DiffusionPipeline.from_pretrained("user/sd", custom_pipeline=snapshot_download("user/mde-edit"), trust_remote_code=True)
+print("edit", short_edit(pipe))
+from mde_edit import MDEEditPipeline
+print("package", short_edit(MDEEditPipeline.from_pretrained("user/sd")))
+"""
+
+
+def test_offline_from_the_cache(hub, expected, tmp_path):
+    """diffusers asks the Hub for the commit of a `user/repository` at every load, so that form needs the network; the
+    cached folder as a local path does not."""
+    home = tmp_path / "home"
+    fill = "from huggingface_hub import snapshot_download\nfor r in ('user/sd', 'user/mde-edit'): snapshot_download(r)"
+    run_script(fill, home, tmp_path, hub)
+    printed, _ = run_script(OFFLINE_SCRIPT, home, tmp_path, HF_HUB_OFFLINE="1")
+    assert printed == {"repository": "OfflineModeIsEnabled", "edit": expected, "package": expected}
+
+
+def test_without_trust_or_with_remote_code_disabled_only_the_package_loads(model, repository, expected, tmp_path):
+    attempt = f"""
+import diffusers
+from mde_edit import MDEEditPipeline
+for name, source in (("folder", {str(repository)!r}), ("file", {str(repository / "mde_pipeline.py")!r})):
+    for trust in (False, True):
+        try:
+            diffusers.DiffusionPipeline.from_pretrained({str(model)!r}, custom_pipeline=source, trust_remote_code=trust)
+        except ValueError as error:
+            print(f"{{name}}_{{trust}}", str(error).splitlines()[-1])
+print("package", short_edit(MDEEditPipeline.from_pretrained({str(model)!r})))
+"""
+    printed, _ = run_script(attempt, tmp_path / "home", tmp_path)
+    advice = "Pass `trust_remote_code=True` to allow loading remote code modules."
+    assert printed == {"folder_False": advice, "file_False": advice, "package": expected}
+    printed, _ = run_script(attempt, tmp_path / "home", tmp_path, DIFFUSERS_DISABLE_REMOTE_CODE="1")
+    assert printed.pop("package") == expected and len(printed) == 4
+    assert all("disabled globally via the DIFFUSERS_DISABLE_REMOTE_CODE" in message for message in printed.values())
+
+
+# 4. A model that carries its code
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """What our `save_pretrained` writes."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    MDEEditPipeline.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_pipeline_brings_its_code(saved, model):
+    assert json.loads((saved / "model_index.json").read_text())["_class_name"] == ["mde_edit", "MDEEditPipeline"]
+    assert {p.name for p in saved.iterdir()} - {p.name for p in model.iterdir()} == {"mde_edit.py"}
+    assert "from ." not in (saved / "mde_edit.py").read_text()
+
+
+def test_a_saved_pipeline_loads_through_the_package_without_trust(saved, expected):
+    pipe = MDEEditPipeline.from_pretrained(saved)
+    assert type(pipe) is MDEEditPipeline and short_edit(pipe) == expected
+
+
+@pytest.mark.parametrize("form", ["", ', custom_pipeline="mde_edit"'], ids=["index", "name"])
+@pytest.mark.parametrize("place", ["hub", "folder"])
+def test_a_model_repository_with_its_code(place, form, saved, hub, expected, tmp_path):
+    hub.add("user/carrier", saved)
+    name = "user/carrier" if place == "hub" else str(saved)
+    script = f"""
+from diffusers import DiffusionPipeline
+try:
+    DiffusionPipeline.from_pretrained({name!r}{form})
+except ValueError as error:
+    print("refused", "trust_remote_code=True" in str(error))
+pipe = DiffusionPipeline.from_pretrained({name!r}{form}, trust_remote_code=True)
+print("module", type(pipe).__module__.split(".")[-1])
+print("edit", short_edit(pipe))
+pipe.save_pretrained("again")  # the single file saves as the package does
+print("again", short_edit(DiffusionPipeline.from_pretrained("again", trust_remote_code=True)))
+"""
+    printed, _ = run_script(script, tmp_path / "home", tmp_path, hub)
+    assert printed == {"refused": "True", "module": "mde_edit", "edit": expected, "again": expected}
+    assert (tmp_path / "again" / "mde_edit.py").read_text() == (saved / "mde_edit.py").read_text()
+
+
+def test_push_to_hub_makes_such_a_repository(hub, model, expected, tmp_path):
+    push = f"""
+from diffusers import DiffusionPipeline
+from mde_edit import MDEEditPipeline
+MDEEditPipeline.from_pretrained({str(model)!r}).push_to_hub("user/pushed", token="hf_none")
+MDEEditPipeline.from_pretrained({str(model)!r}).save_pretrained("saved", push_to_hub=True, repo_id="user/saved", token="hf_none")
+print("edit", short_edit(DiffusionPipeline.from_pretrained("user/pushed", trust_remote_code=True)))
+"""
+    printed, _ = run_script(push, tmp_path / "home", tmp_path, hub)
+    assert printed == {"edit": expected}
+    for name, _, paths in hub.commits[-2:]:
+        assert name in ("user/pushed", "user/saved")
+        assert {"mde_edit.py", "model_index.json", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= set(paths)
