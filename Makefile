@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo examples test test-slow lint clean
+.PHONY: demo examples test test-slow lint clean bundle
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)
@@ -21,8 +21,14 @@ test-slow: $(VENV)/test
 lint: $(VENV)/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+# What a pull request to diffusers' examples/community adds: one file, a table row and a section.
+bundle: $(VENV)/demo
+	mkdir -p build/community
+	$(BIN)/mde-edit bundle --out build/community/mde_edit.py
+	cp community/README.md build/community/
+
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(OUT) build
 
 # One stamp per extra; torch first, so that nothing else decides which build of it comes.
 $(VENV)/%: pyproject.toml constraints.txt

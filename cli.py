@@ -1,5 +1,5 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `mde-edit invert` and `mde-edit edit`. `mde-edit edit --help` lists every setting."""
+"""The command line: `mde-edit invert`, `edit` and, to share the pipeline, `bundle` and `push`; each has `--help`."""
 
 import argparse
 import inspect
@@ -19,6 +19,7 @@ import torch
 import transformers
 from diffusers.utils import load_image
 
+from .bundle import self_contained_source
 from .inversion import INVERSION_METHODS, Inversion
 from .losses import dilate_mask, resize_mask
 from .mde_pipeline import CCL_FORMS, MDEEditPipeline, as_binary_mask
@@ -81,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     edit.add_argument("--attribute", action="append", type=word_and_mask, metavar="WORD=MASK", help="attribute and its region")
     edit.add_argument("--inversion", help="file from `mde-edit invert`, instead of --image and --source-prompt")
     edit.add_argument("--seed", type=int, help="of the noise that --eta adds")
+    bundle = commands.add_parser("bundle", help="write the pipeline as one self-contained file")
+    bundle.add_argument("--out", required=True, help="the file to write; diffusers finds it by its name, mde_edit.py")
     defaults = inspect.signature(MDEEditPipeline.__call__).parameters
     for name, kind in EDIT_SETTINGS.items():
         choices = CCL_FORMS if name == "ccl_form" else None
@@ -94,6 +97,8 @@ def read_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Flags over the config file's settings over the defaults; `object` and `attribute` as {word: path}."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.command not in ("invert", "edit"):
+        return args
     settings = {"model": "emoji_ldm", "method": "null_text", "steps": 50, "guidance_scale": 7.5, "dtype": "float32"}
     if args.config:
         folder = Path(args.config).parent
@@ -295,6 +300,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         if args.command == "invert":
             pipe = load_pipeline(args)
             run_invert(args, pipe, load_image(args.image)).save(args.out)
+            message = f"wrote {args.out}"
+        elif args.command == "bundle":
+            source = self_contained_source(Path(__file__).with_name("mde_pipeline.py"))
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.out).write_text(source, encoding="utf-8")
             message = f"wrote {args.out}"
         else:
             run = run_edit(args)

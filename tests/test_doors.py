@@ -1,14 +1,20 @@
 """Every way in: each test loads the pipeline as a user would, through diffusers' own loading code, and edits a picture.
 An edit is deterministic, so every door must give the same bytes."""
 
+import ast
 import copy
 import json
-import shutil
+import os
+import subprocess
+import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from mde_edit import MDEEditPipeline
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from mde_edit import MDEEditPipeline, cli
+from mde_edit.bundle import self_contained_source
 
 from .conftest import make_pipe
 from .door_kit import ROOT, clone, run_script, short_edit
@@ -151,7 +157,7 @@ print("edit", short_edit(pipe))
 """
 
 
-def test_hub_code_then_from_cache_then_offline(hub, expected, tmp_path):
+def test_hub_code_and_then_from_the_cache(hub, expected, tmp_path):
     home = tmp_path / "home"
     first, _ = run_script(HUB_SCRIPT, home, tmp_path, hub)
     sha = hub.sha("models", "user/mde-edit")
@@ -174,19 +180,24 @@ except Exception as error:
     print("repository", type(error).__name__)
 pipe = DiffusionPipeline.from_pretrained("user/sd", custom_pipeline=snapshot_download("user/mde-edit"), trust_remote_code=True)
 print("edit", short_edit(pipe))
+pipe = DiffusionPipeline.from_pretrained(snapshot_download("user/carrier"), trust_remote_code=True)
+print("carrier", short_edit(pipe))
 from mde_edit import MDEEditPipeline
 print("package", short_edit(MDEEditPipeline.from_pretrained("user/sd")))
 """
 
 
-def test_offline_from_the_cache(hub, expected, tmp_path):
+def test_offline_from_the_cache(hub, saved, expected, tmp_path):
     """diffusers asks the Hub for the commit of a `user/repository` at every load, so that form needs the network; the
     cached folder as a local path does not."""
     home = tmp_path / "home"
-    fill = "from huggingface_hub import snapshot_download\nfor r in ('user/sd', 'user/mde-edit'): snapshot_download(r)"
+    hub.add("user/carrier", saved)
+    names = ("user/sd", "user/mde-edit", "user/carrier")
+    fill = f"from huggingface_hub import snapshot_download\nfor name in {names}: snapshot_download(name)"
     run_script(fill, home, tmp_path, hub)
     printed, _ = run_script(OFFLINE_SCRIPT, home, tmp_path, HF_HUB_OFFLINE="1")
-    assert printed == {"repository": "OfflineModeIsEnabled", "edit": expected, "package": expected}
+    assert printed.pop("repository") == "OfflineModeIsEnabled"
+    assert printed == {"edit": expected, "carrier": expected, "package": expected}
 
 
 def test_without_trust_or_with_remote_code_disabled_only_the_package_loads(model, repository, expected, tmp_path):
@@ -223,7 +234,7 @@ def saved(model, tmp_path_factory):
 def test_a_saved_pipeline_brings_its_code(saved, model):
     assert json.loads((saved / "model_index.json").read_text())["_class_name"] == ["mde_edit", "MDEEditPipeline"]
     assert {p.name for p in saved.iterdir()} - {p.name for p in model.iterdir()} == {"mde_edit.py"}
-    assert "from ." not in (saved / "mde_edit.py").read_text()
+    assert get_relative_imports(saved / "mde_edit.py") == []  # as diffusers reads them, by pattern
 
 
 def test_a_saved_pipeline_loads_through_the_package_without_trust(saved, expected):
@@ -266,3 +277,77 @@ print("edit", short_edit(DiffusionPipeline.from_pretrained("user/pushed", trust_
     for name, _, paths in hub.commits[-2:]:
         assert name in ("user/pushed", "user/saved")
         assert {"mde_edit.py", "model_index.json", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= set(paths)
+
+
+# 5. The community file
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """The file as `make bundle` writes it."""
+    path = tmp_path_factory.mktemp("community") / "mde_edit.py"
+    assert cli.main(["bundle", "--out", str(path)]) == 0
+    return path
+
+
+def test_the_community_file_is_deterministic_complete_and_one_pipeline(bundle, tmp_path):
+    again = tmp_path / "mde_edit.py"
+    cli.main(["bundle", "--out", str(again)])
+    text = bundle.read_text()
+    assert again.read_text() == text and self_contained_source(bundle) == text
+    assert text.startswith("# Copyright") and get_relative_imports(bundle) == []
+    for name in ("attention_processors", "inversion", "losses", "mde_pipeline"):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        for node in tree.body:  # not a line of a function or class is lost or changed
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                assert ast.get_source_segment((ROOT / f"{name}.py").read_text(), node) in text
+    checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F,E9", str(bundle)], capture_output=True)
+    assert checked.returncode == 0, checked.stdout  # nothing undefined, unused or defined twice
+
+
+def test_modules_that_share_a_name_are_not_bundled(tmp_path):
+    (tmp_path / "a.py").write_text('# c\n"""a"""\nfrom .b import f\n\nX = f\n')
+    (tmp_path / "b.py").write_text('# c\n"""b"""\nX = 1\n\n\ndef f():\n    return X\n')
+    with pytest.raises(ValueError, match="'X' is defined in b.py and in a.py"):
+        self_contained_source(tmp_path / "a.py")
+
+
+def test_the_community_route(bundle, hub, expected, tmp_path):
+    """`custom_pipeline="mde_edit"`: one file in the folder of the installed version, in the mirror of the examples."""
+    release = ".".join(diffusers.__version__.split(".")[:3])
+    hub.index = {"releases": {release: []}}
+    hub.add("diffusers/community-pipelines-mirror", {f"v{release}/mde_edit.py": bundle.read_bytes()}, kind="datasets")
+    script = f"""
+import urllib.request
+class ToTheHub(urllib.request.HTTPSHandler):  # the index of releases has no variable that says where it is
+    def https_open(self, request):
+        return urllib.request.urlopen({hub.url!r} + request.selector)
+urllib.request.install_opener(urllib.request.build_opener(ToTheHub))
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("user/sd", custom_pipeline="mde_edit")
+print("module", type(pipe).__module__)
+print("edit", short_edit(pipe))
+"""
+    printed, _ = run_script(script, tmp_path / "home", tmp_path, hub)
+    assert printed == {"module": "diffusers_modules.git.mde_edit", "edit": expected}
+
+
+def run_tests_on_the_bundle(bundle, *names):
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.bundle_plugin", *(f"tests/{name}.py" for name in names)],
+        cwd=ROOT,
+        env={**os.environ, "MDE_EDIT_BUNDLE": str(bundle)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_community_file_passes_the_packages_tests(bundle):
+    done = run_tests_on_the_bundle(bundle, "test_prompts", "test_losses", "test_engine")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+def test_the_community_file_passes_all_of_the_packages_tests(bundle):
+    done = run_tests_on_the_bundle(bundle, "test_inversion", "test_pipeline")
+    assert done.returncode == 0, done.stdout[-4000:]
