@@ -10,7 +10,7 @@ Three things live here, and no state outlives a call:
 """
 
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -319,15 +319,19 @@ class MDEAttnProcessor:
 def attention_control(unet):
     """The one place that touches the U-Net: freezes its weights and lets each call bring its own control.
 
-    Processors and every parameter's `requires_grad` are put back on any exit, also after an exception.
+    Processors and every parameter's `requires_grad` are put back on any exit, also after an exception. A compiled U-Net
+    runs uncompiled inside: controls change from call to call, and a pass may leave in the middle.
     """
     processors = dict(unet.attn_processors)
-    grads = [(p, p.requires_grad) for p in unet.parameters()]
+    # by name: CPU offload replaces the parameters it moves
+    grads = {name: p.requires_grad for name, p in unet.named_parameters()}
+    set_stance = getattr(torch.compiler, "set_stance", nullcontext)  # torch 2.6
     try:
         unet.requires_grad_(False)
         unet.set_attn_processor({name: MDEAttnProcessor(name, original) for name, original in processors.items()})
-        yield
+        with set_stance("force_eager"):
+            yield
     finally:
         unet.set_attn_processor(dict(processors))  # it empties the dictionary it is given
-        for parameter, requires_grad in grads:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(grads[name])
