@@ -53,7 +53,8 @@ def prompt_words(tokenizer, prompt: str) -> List[Tuple[str, Tuple[int, ...]]]:
     for position, (token, token_id) in enumerate(zip(tokenizer.convert_ids_to_tokens(ids), ids)):
         # CLIP's BPE marks the last piece of a word; added tokens (textual inversion) are whole words.
         if token.endswith("</w>") or token_id in tokenizer.added_tokens_decoder or position + 1 == len(ids):
-            text = tokenizer.decode(ids[start : position + 1])
+            # a deep copy of a fast tokenizer (transformers 5) decodes without removing the marks
+            text = tokenizer.decode(ids[start : position + 1]).replace("</w>", "")
             words.append((text.strip(), tuple(range(start + 1, position + 2))))
             start = position + 1
     return words
@@ -260,11 +261,11 @@ class MDEAttnProcessor:
         self.original = original
 
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, control=None
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, control=None
     ) -> torch.Tensor:
         if control is None or not control.reads(self.name):
             return self.original(
-                attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, temb=temb
+                attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
             )
 
         def split_heads(states):  # (batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)

@@ -154,5 +154,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.hub.repos[commit[1], commit[2]][pushed[-1]] = data
             self.hub.commits.append((commit[2], message, sorted(pushed)))
             sha = self.hub.sha(commit[1], commit[2])
-            return self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{commit[2]}/commit/{sha}"})
+            return self.reply(
+                {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{commit[2]}/commit/{sha}"}
+            )
         self.missing("RepoNotFound")

@@ -11,7 +11,7 @@ import sys
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from mde_edit import MDEEditPipeline, cli
 from mde_edit.bundle import self_contained_source
@@ -63,7 +63,9 @@ def test_from_pipe_shares_the_weights_and_leaves_the_source_pipe_alone(model, ex
     assert dict(source.unet.attn_processors) == processors
     source.disable_attention_slicing()
     assert short_edit(pipe) == expected
-    assert type(source) is StableDiffusionPipeline and source("a cat", num_inference_steps=1, output_type="np").images.size
+    assert (
+        type(source) is StableDiffusionPipeline and source("a cat", num_inference_steps=1, output_type="np").images.size
+    )
 
 
 def test_from_pipe_keeps_every_component_in_its_dtype(model):
@@ -276,7 +278,9 @@ print("edit", short_edit(DiffusionPipeline.from_pretrained("user/pushed", trust_
     assert printed == {"edit": expected}
     for name, _, paths in hub.commits[-2:]:
         assert name in ("user/pushed", "user/saved")
-        assert {"mde_edit.py", "model_index.json", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= set(paths)
+        assert {"mde_edit.py", "model_index.json", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= set(
+            paths
+        )
 
 
 # 5. The community file
@@ -301,7 +305,9 @@ def test_the_community_file_is_deterministic_complete_and_one_pipeline(bundle, t
         for node in tree.body:  # not a line of a function or class is lost or changed
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 assert ast.get_source_segment((ROOT / f"{name}.py").read_text(), node) in text
-    checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F,E9", str(bundle)], capture_output=True)
+    checked = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--select", "F,E9", str(bundle)], capture_output=True
+    )
     assert checked.returncode == 0, checked.stdout  # nothing undefined, unused or defined twice
 
 
