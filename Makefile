@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo examples test test-slow lint clean bundle
+.PHONY: demo examples test test-slow test-matrix lint clean bundle hub
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)
@@ -18,6 +18,10 @@ test: $(VENV)/test
 test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -m slow
 
+# The tests on older releases of diffusers and transformers, each in a folder under build/matrix: half an hour.
+test-matrix: $(VENV)/test
+	$(BIN)/python tests/matrix.py
+
 lint: $(VENV)/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -26,6 +30,11 @@ bundle: $(VENV)/demo
 	mkdir -p build/community
 	$(BIN)/mde-edit bundle --out build/community/mde_edit.py
 	cp community/README.md build/community/
+
+# make hub REPO=user/name [MODEL=emoji_ldm] [DRY=1]
+hub: $(VENV)/demo
+	$(BIN)/mde-edit push $(or $(REPO),$(error say where to: make hub REPO=user/name)) \
+		$(if $(MODEL),--with-model $(MODEL)) $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf $(VENV) $(OUT) build

@@ -23,6 +23,7 @@ from .bundle import self_contained_source
 from .inversion import INVERSION_METHODS, Inversion
 from .losses import dilate_mask, resize_mask
 from .mde_pipeline import CCL_FORMS, MDEEditPipeline, as_binary_mask
+from .publish import files_to_push, push
 
 
 EDIT_SETTINGS = {  # settings of `MDEEditPipeline.__call__` that are plain numbers or names: one flag each
@@ -84,6 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
     edit.add_argument("--seed", type=int, help="of the noise that --eta adds")
     bundle = commands.add_parser("bundle", help="write the pipeline as one self-contained file")
     bundle.add_argument("--out", required=True, help="the file to write; diffusers finds it by its name, mde_edit.py")
+    hub = commands.add_parser("push", help="upload the pipeline's code and card to the Hugging Face Hub")
+    hub.add_argument("repo", help="user/name; made if there is none")
+    hub.add_argument("--with-model", metavar="FOLDER", help="a saved pipeline that goes there too, such as emoji_ldm")
+    hub.add_argument("--dry-run", action="store_true", help="only list what would go")
+    hub.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    hub.add_argument("--message", default="Upload MDE-Edit", help="of the commit")
     defaults = inspect.signature(MDEEditPipeline.__call__).parameters
     for name, kind in EDIT_SETTINGS.items():
         choices = CCL_FORMS if name == "ccl_form" else None
@@ -306,6 +313,14 @@ def main(argv: Optional[List[str]] = None) -> int:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             Path(args.out).write_text(source, encoding="utf-8")
             message = f"wrote {args.out}"
+        elif args.command == "push":
+            files = files_to_push(Path(__file__).parent, Path(args.with_model) if args.with_model else None)
+            listing = "".join(f"{len(data):>10}  {path}\n" for path, data in files.items())
+            summary = f"{len(files)} files, {sum(map(len, files.values()))} bytes"
+            if args.dry_run:
+                message = f"{listing}{summary} would go to {args.repo}"
+            else:
+                message = f"{listing}{summary}: {push(args.repo, files, args.message, args.private)}"
         else:
             run = run_edit(args)
             message = (
