@@ -27,5 +27,7 @@ from .mde_pipeline import MDEEditPipeline  # noqa: E402
 
 if _SHARED:
     Inversion.__module__ = MDEEditPipeline.__module__  # a name that is ours alone, so that it can still be pickled
-    for _name in ("attention_processors", "bundle", "inversion", "losses", "pipeline"):
+    for _name in ("attention_processors", "bundle", "inversion", "losses"):
         sys.modules.pop(f"{__package__}.{_name}", None)
+    if not getattr(__spec__, "_initializing", False):  # older diffusers use `import`, which must find what it imported
+        sys.modules.pop(__name__)

@@ -24,7 +24,7 @@ COMBINATIONS = {
     "last-with-4": ("0.37.1", "4.57.6", ["peft==0.17.1", "accelerate==1.11.0"]),
     "newest": ("0.42.1", "5.23.0", ["peft==0.21.2", "accelerate==1.15.0"]),
 }
-TESTS = ("prompts", "losses", "inversion", "engine", "pipeline", "dropin", "doors")
+TESTS = ("prompts", "losses", "inversion", "engine", "pipeline", "dropin", "doors", "publish")
 
 
 def prepare(name: str) -> Path:
@@ -45,15 +45,14 @@ def run(name: str, tests) -> str:
     log = ROOT / "build" / "matrix" / f"{name}.log"
     with log.open("w") as output:
         files = [f"tests/test_{test}.py" for test in tests]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *files]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rs", *files]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=output, stderr=output)
     text = log.read_text()
     summary = re.findall(r"^=*\s*(.*(?:passed|failed|error).*) in [\d.]+s", text, flags=re.MULTILINE)
-    versions = [
-        (ROOT / "build" / "matrix" / name).glob(f"{p}-*.dist-info")
-        for p in ("diffusers", "transformers", "huggingface_hub")
-    ]
-    found = [next(v).name.split("-")[1] for v in versions]
+    found = []
+    for package in ("diffusers", "transformers", "huggingface_hub"):
+        (info,) = (ROOT / "build" / "matrix" / name).glob(f"{package}-*.dist-info")
+        found.append(info.name.removeprefix(f"{package}-").removesuffix(".dist-info"))
     return (
         "| " + " | ".join([*found, torch.__version__.split("+")[0], summary[-1] if summary else "did not start"]) + " |"
     )
