@@ -1,6 +1,6 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""One self-contained file from the modules of this pipeline: what `make bundle` writes for `examples/community`, and what
-`save_pretrained` puts beside the weights, so that a saved model brings the code that loads it."""
+"""One self-contained file from the modules of this pipeline: what `make bundle` writes for `examples/community`, and
+what `save_pretrained` puts beside the weights, so that a saved model brings the code that loads it."""
 
 import ast
 import sys

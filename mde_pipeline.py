@@ -233,10 +233,10 @@ class MDEEditPipeline(StableDiffusionPipeline):
         Path(save_directory, f"{MODULE_NAME}.py").write_text(self_contained_source(Path(__file__)), encoding="utf-8")
 
     @classmethod
-    def _dict_from_json_file(cls, json_file) -> Dict[str, Any]:
+    def _dict_from_json_file(cls, json_file, **kwargs) -> Dict[str, Any]:
         # Whoever loads through this class has the code: the copy in the model's folder is for those who have not, and
         # would ask for their trust.
-        config = super()._dict_from_json_file(json_file)
+        config = super()._dict_from_json_file(json_file, **kwargs)
         if config.get("_class_name") == [MODULE_NAME, "MDEEditPipeline"]:
             config["_class_name"] = "MDEEditPipeline"
         return config

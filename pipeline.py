@@ -7,9 +7,9 @@ diffusers copies only the files that this one imports itself, so it imports them
 import sys
 
 
-# diffusers runs every local plug-in's `pipeline.py` as one module and keeps every plug-in's helpers in one package, whose
-# names are as common as `losses`. So nothing that another plug-in (or an earlier state of these files) left there may be
-# taken for ours, and ours may not be taken for the next one's.
+# diffusers runs every local plug-in's `pipeline.py` as one module and keeps every plug-in's helpers in one package,
+# where names are as common as `losses`. So nothing that another plug-in (or an earlier state of these files) left there
+# may be taken for ours, and ours may not be taken for the next one's.
 _SHARED = __name__ == "diffusers_modules.local.pipeline"
 if _SHARED:
     for _name, _value in list(globals().items()):

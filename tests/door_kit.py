@@ -1,4 +1,4 @@
-"""What the tests of the doors share: a user's script in a fresh process, a clone of this repository, a model to load."""
+"""What the tests of the doors share: a user's script in a fresh process, a clone of this repository, one edit."""
 
 import hashlib
 import inspect
@@ -54,8 +54,8 @@ def clone(folder: Path) -> Path:
 
 
 def run_script(script, home: Path, cwd: Path, hub=None, check=True, **env):
-    """Run a user's script in a fresh process whose caches are in `home`; returns what it printed, `KEY value` lines as a
-    dictionary. The process finds neither the network nor, unless `PYTHONPATH` says so, the package."""
+    """Run a user's script in a fresh process whose caches are in `home` and whose only Hub is `hub`; returns the
+    `KEY value` lines it printed, as a dictionary, and its stderr."""
     hidden = ("HF_", "HUGGINGFACE_", "DIFFUSERS_", "TRANSFORMERS_")
     base = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     base |= {

@@ -87,17 +87,17 @@ def test_from_pipe_keeps_every_component_in_its_dtype(model):
 # 2. Local code
 
 
+TRUST = ", trust_remote_code=True" if GATED else ""  # `from_pipe` of older releases does not know it
 LOCAL = {
-    "folder": "pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=str(repository), trust_remote_code=True)",
+    "folder": f"pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=str(repository){TRUST})",
     "file": (
-        "pipe = DiffusionPipeline.from_pretrained("
-        "model, custom_pipeline=str(repository / 'mde_pipeline.py'), trust_remote_code=True)"
+        "file = str(repository / 'mde_pipeline.py')\n"
+        f"pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=file{TRUST})"
     ),
-    "name": "pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline='mde_edit', trust_remote_code=True)",
+    "name": f"pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline='mde_edit'{TRUST})",
     "from_pipe": (
-        "pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)\n"
-        "pipe = DiffusionPipeline.from_pipe("
-        "pipe, custom_pipeline=str(repository), trust_remote_code=True, torch_dtype=torch.float32)"
+        "base = StableDiffusionPipeline.from_pretrained(model)\n"
+        f"pipe = DiffusionPipeline.from_pipe(base, custom_pipeline=str(repository), torch_dtype=torch.float32{TRUST})"
     ),
 }
 
@@ -186,7 +186,8 @@ try:
     DiffusionPipeline.from_pretrained("user/sd", custom_pipeline="user/mde-edit", trust_remote_code=True)
 except Exception as error:
     print("repository", type(error).__name__)
-pipe = DiffusionPipeline.from_pretrained("user/sd", custom_pipeline=snapshot_download("user/mde-edit"), trust_remote_code=True)
+folder = snapshot_download("user/mde-edit")
+pipe = DiffusionPipeline.from_pretrained("user/sd", custom_pipeline=folder, trust_remote_code=True)
 print("edit", short_edit(pipe))
 pipe = DiffusionPipeline.from_pretrained(snapshot_download("user/carrier"), trust_remote_code=True)
 print("carrier", short_edit(pipe))
@@ -278,8 +279,9 @@ def test_push_to_hub_makes_such_a_repository(hub, model, expected, tmp_path):
     push = f"""
 from diffusers import DiffusionPipeline
 from mde_edit import MDEEditPipeline
-MDEEditPipeline.from_pretrained({str(model)!r}).push_to_hub("user/pushed", token="hf_none")
-MDEEditPipeline.from_pretrained({str(model)!r}).save_pretrained("saved", push_to_hub=True, repo_id="user/saved", token="hf_none")
+pipe = MDEEditPipeline.from_pretrained({str(model)!r})
+pipe.push_to_hub("user/pushed", token="hf_none")
+pipe.save_pretrained("saved", push_to_hub=True, repo_id="user/saved", token="hf_none")
 print("edit", short_edit(DiffusionPipeline.from_pretrained("user/pushed", trust_remote_code=True)))
 """
     printed, _ = run_script(push, tmp_path / "home", tmp_path, hub)

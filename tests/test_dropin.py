@@ -1,4 +1,4 @@
-"""What users already have on their pipeline: each either works with an edit, seen in the result, or is refused by name."""
+"""What users already have on their pipeline: each works with an edit, seen in the result, or is refused by name."""
 
 import copy
 
