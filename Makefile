@@ -7,7 +7,8 @@ OUT ?= demo_out
 .PHONY: demo examples test test-slow test-matrix lint clean bundle hub
 
 demo: $(VENV)/demo
-	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)
+	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
+	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --method direct --guidance-scale 2.5 --out $(OUT)/direct
 
 examples: $(VENV)/demo
 	for case in examples/*/; do $(BIN)/mde-edit edit --config $$case/edit.json --out $$case || exit 1; done

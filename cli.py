@@ -22,7 +22,7 @@ from diffusers.utils import load_image
 from .bundle import self_contained_source
 from .inversion import INVERSION_METHODS, Inversion
 from .losses import dilate_mask, resize_mask
-from .mde_pipeline import CCL_FORMS, MDEEditPipeline, as_binary_mask
+from .mde_pipeline import CCL_FORMS, MDEEditPipeline, as_binary_mask, default_dilation
 from .publish import files_to_push, push
 
 
@@ -278,7 +278,7 @@ def run_edit(args: argparse.Namespace) -> Dict:
     background, strict = np.ones((height, width), bool), np.ones((height, width), bool)
     for mask in binary.values():
         background &= (resize_mask(mask, (height, width)) < 0.5).numpy()
-        cells = dilate_mask((resize_mask(mask, size) > 0).float(), settings.get("mask_dilation", 1))
+        cells = dilate_mask((resize_mask(mask, size) > 0).float(), settings.get("mask_dilation", default_dilation(size)))
         strict &= (resize_mask(cells, (height, width)) == 0).numpy()
     x, y, z = (as_array(i) for i in (source, output.images[0], output.source_images[0]))
     run = {

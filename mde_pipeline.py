@@ -370,34 +370,27 @@ class MDEEditPipeline(StableDiffusionPipeline):
                 return (self.spell_out(key[0]), *key[1:])
             return self.spell_out(key) if isinstance(key, str) else key
 
-        def regions(masks: Optional[Masks], name: str) -> Tuple[Dict[Tuple[int, ...], WordKey], Dict]:
-            keys, merged = {}, {}
+        covered = torch.zeros(latent_size, dtype=torch.bool)
+        regions: Dict[str, List[Region]] = {}
+        for name, masks in (("object_masks", object_masks), ("attribute_masks", attribute_masks)):
+            keys: Dict[Tuple[int, ...], WordKey] = {}
+            soft: Dict[Tuple[int, ...], torch.Tensor] = {}
             for key, value in (masks or {}).items():
                 indices = find_token_indices(self.tokenizer, words, spelled_out(key))
                 mask = as_binary_mask(value, f"{name}[{key!r}]", latent_size)
+                covered |= resize_mask(mask, latent_size) > 0
                 # Two masks for the same tokens are one region: as two, their targets would cancel where they differ.
-                if indices in merged:
-                    size = merged[indices].shape
-                    mask = torch.maximum(merged[indices], (resize_mask(mask, size) >= 0.5).float())
+                share = resize_mask(mask, loss_size)
+                soft[indices] = torch.maximum(soft[indices], share) if indices in soft else share
                 keys.setdefault(indices, key)
-                merged[indices] = mask
-            return keys, merged
-
-        def at_loss_level(masks: Optional[Masks], name: str) -> Tuple[List[Region], List[torch.Tensor]]:
-            keys, merged = regions(masks, name)
-            soft = {indices: resize_mask(mask, loss_size) for indices, mask in merged.items()}
-            out = [
+            regions[name] = [
                 Region(key, i, soft[i].flatten().to(device), binarize_mask(soft[i]).flatten().to(device))
                 for i, key in keys.items()
             ]
-            return out, list(merged.values())
-
-        objects, object_pixels = at_loss_level(object_masks, "object_masks")
-        attributes, attribute_pixels = at_loss_level(attribute_masks, "attribute_masks")
         mask = None
-        if objects or attributes:
-            covered = [resize_mask(m, latent_size) > 0 for m in object_pixels + attribute_pixels]
-            mask = dilate_mask(torch.stack(covered).any(dim=0).float(), mask_dilation)[None, None].to(device)
+        if covered.any():
+            mask = dilate_mask(covered.float(), mask_dilation)[None, None].to(device)
+        objects, attributes = regions["object_masks"], regions["attribute_masks"]
         edited = sorted({i for region in (*objects, *attributes) for i in region.token_indices})
         alignment = align_tokens(self.tokenizer, source_words, words).without(edited).to(device)
         return Edit(prompt, torch.empty(0), alignment, objects, attributes, mask)
@@ -421,7 +414,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
         }
         for name, (low, high) in ranges.items():
             value = settings[name]
-            if value is None and name in ("max_update", "guidance_scale"):
+            if value is None and name in ("max_update", "guidance_scale", "mask_dilation"):
                 continue
             whole = name in ("optimization_iterations", "mask_dilation")
             if not isinstance(value, int if whole else (int, float)) or not low <= value <= (high or float("inf")):
@@ -639,15 +632,15 @@ class MDEEditPipeline(StableDiffusionPipeline):
         cross_replace_steps: float = 0.8,
         self_replace_steps: float = 0.5,
         oal_weight: float = 1.0,
-        ccl_weight: float = 1.25,
-        ccl_form: str = "token_ratio",
+        ccl_weight: float = 0.3,
+        ccl_form: str = "both",
         optimization_steps: float = 0.4,
         optimization_iterations: int = 15,
         optimization_tolerance: float = 0.0,
         step_size: float = 1.0,
-        max_update: Optional[float] = 0.05,
+        max_update: Optional[float] = 0.02,
         attention_resolution: Optional[int] = None,
-        mask_dilation: int = 1,
+        mask_dilation: Optional[int] = None,
         background_blend: float = 0.3,
         eta: float = 0.0,
         generator: Optional[torch.Generator] = None,
@@ -685,10 +678,13 @@ class MDEEditPipeline(StableDiffusionPipeline):
                 in the paper; in its code. Lower it when shapes should change.
             oal_weight (`float`, defaults to 1.0):
                 lambda_1 of Eq. 7.
-            ccl_weight (`float`, defaults to 1.25):
-                lambda_2 of Eq. 7.
-            ccl_form (`str`, defaults to `"token_ratio"`):
-                `"token_ratio"` is Eq. 6; `"spatial_ratio"` what the official code computes; `"both"` their sum.
+            ccl_weight (`float`, defaults to 0.3):
+                lambda_2 of Eq. 7. The paper's is 1.25, for Eq. 6 alone.
+            ccl_form (`str`, defaults to `"both"`):
+                `"token_ratio"` is Eq. 6, which asks for attention inside the mask and has no gradient outside it;
+                `"spatial_ratio"` is what the official code computes, which pulls attention in from outside; `"both"` is
+                their sum. On the example scenes `"both"` kept the background 2 dB closer than Eq. 6 alone and edited no
+                worse (see the README).
             optimization_steps (`float`, defaults to 0.4):
                 Share of the steps, from the first, with guidance.
             optimization_iterations (`int`, defaults to 15):
@@ -697,13 +693,14 @@ class MDEEditPipeline(StableDiffusionPipeline):
                 End a step's updates when the loss changes by less than this.
             step_size (`float`, defaults to 1.0):
                 delta of Eq. 7 in units of sigma_t.
-            max_update (`float`, *optional*, defaults to 0.05):
+            max_update (`float`, *optional*, defaults to 0.02):
                 Trust cap: an update changes no latent value by more than this times the latents' RMS inside the masks.
                 `None`: no cap, as in the official code.
             attention_resolution (`int`, *optional*):
                 Short side of the cross-attention level the losses read; by default the coarsest of at least 16.
-            mask_dilation (`int`, defaults to 1):
-                By how many latent cells M, the union of all masks, is grown.
+            mask_dilation (`int`, *optional*):
+                By how many latent cells M, the union of all masks, is grown; by default one per 64 of the latents' short
+                side, rounded (the official code's 3x3 at 64x64).
             background_blend (`float`, defaults to 0.3):
                 Share of the steps, up to the last, after which the latents outside M are set to the source's (Eq. 8).
                 Without masks there is no M and no blending.
@@ -785,6 +782,8 @@ class MDEEditPipeline(StableDiffusionPipeline):
             latent_size = tuple(inversion.latents.shape[-2:])
 
         # 2. Prepare each edit: words, masks, alignment; then the text
+        if mask_dilation is None:
+            mask_dilation = default_dilation(latent_size)
         layers = attention_layers(self.unet, latent_size)
         loss_layers = self.loss_layers(latent_size, attention_resolution)
         loss_size = loss_layers[0].size
@@ -919,6 +918,12 @@ class MDEEditPipeline(StableDiffusionPipeline):
         images, nsfw = self.run_safety_checker(torch.cat(decoded), self._execution_device, self.vae.dtype)
         denormalize = [not flagged for flagged in nsfw] if nsfw else [True] * len(images)
         return self.image_processor.postprocess(images, output_type, do_denormalize=denormalize), nsfw
+
+
+def default_dilation(latent_size: Tuple[int, int]) -> int:
+    """Cells by which M is grown: the official code's 3x3 at 64x64, in proportion (where one cell is a large share of
+    the picture, growing by it costs the background several dB)."""
+    return round(min(latent_size) / 64)
 
 
 def per_prompt(masks, num_prompts: int, name: str) -> List[Optional[Masks]]:

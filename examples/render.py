@@ -14,18 +14,20 @@ SIZE = 64  # what the embedded model was trained at
 # folder: objects, background, seed, {object index: what it becomes}, masked object words and attribute words by index
 EXAMPLES = {
     "cat_straw_hat": (("cat", "straw hat"), "", 1, {0: "dog", 1: "red hat"}, {"dog": 0}, {"red": 1}),
-    "cat_and_dog": (("cat", "dog"), "on grass", 5, {0: "dog", 1: "tiger"}, {"dog": 0, "tiger": 1}, {}),
-    "ball_and_cat": (("orange ball", "cat"), "in the snow", 2, {0: "blue ball", 1: "panda"}, {"panda": 1}, {"blue": 0}),
+    "cat_and_dog": (("cat", "dog"), "", 5, {0: "dog", 1: "tiger"}, {"dog": 0, "tiger": 1}, {}),
+    "ball_and_cat": (("orange ball", "cat"), "", 2, {0: "blue ball", 1: "panda"}, {"panda": 1}, {"blue": 0}),
     "two_hats": (
         ("fox", "yellow cap", "dog", "purple hat"),
-        "at the beach",
+        "",
         4,
         {0: "pig", 1: "green cap", 3: "blue hat"},
         {"pig": 0},
         {"green": 1, "blue": 3},
     ),
 }
-SETTINGS = {"guidance_scale": 2.5, "mask_dilation": 0, "optimization_iterations": 5}
+# The embedded model wants less guidance than Stable Diffusion's 7.5, null-text inversion less than direct.
+NULL_TEXT = {"method": "null_text", "guidance_scale": 1.5, "optimization_iterations": 5}
+DIRECT = {"method": "direct", "guidance_scale": 2.5, "optimization_iterations": 5}
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
             "prompt": ideal.caption().text,
             "object": {word: f"{word}.png" for word in objects},
             "attribute": {word: f"{word}.png" for word in attributes},
-            **SETTINGS,
+            **(NULL_TEXT if name == "cat_straw_hat" else DIRECT),
         }
         (folder / "edit.json").write_text(json.dumps(config, indent=1) + "\n")
 

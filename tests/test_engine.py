@@ -20,6 +20,7 @@ SETTINGS = {
     "step_size": 1.0,
     "max_update": 0.05,
     "background_blend": 0.4,
+    "mask_dilation": 1,
 }
 DOG, RED = 2, 5
 

@@ -16,6 +16,7 @@ from mde_edit.attention_processors import (
     attention_layers,
 )
 from mde_edit.losses import dilate_mask, resize_mask
+from mde_edit.mde_pipeline import default_dilation
 
 from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe
 
@@ -37,16 +38,17 @@ def edit(pipe, inversion, masks):
     return run
 
 
-def latent_mask(masks, dilation=1):
+def latent_mask(masks, dilation):
     return dilate_mask(sum(resize_mask(torch.from_numpy(m) > 0, (16, 24)) for m in masks).gt(0).float(), dilation).bool()
 
 
 # What the result is
 
 
-def test_outside_the_dilated_masks_the_latents_are_the_sources(edit, inversion, masks):
-    out = edit()
-    mask = latent_mask(masks)
+@pytest.mark.parametrize("dilation", [0, 2])
+def test_outside_the_dilated_masks_the_latents_are_the_sources(edit, inversion, masks, dilation):
+    out = edit(mask_dilation=dilation)
+    mask = latent_mask(masks, dilation)
     assert torch.equal(out.images[0][:, ~mask], inversion.latents[-1][:, ~mask])
     assert (out.images[0][:, mask] - inversion.latents[-1][:, mask]).abs().max() > 0.01
 
@@ -66,17 +68,17 @@ def test_without_masks_it_is_prompt_to_prompt(edit, inversion, pipe):
         {"cross_replace_steps": 0.2},
         {"self_replace_steps": 0.0},
         {"oal_weight": 0.0},
-        {"ccl_weight": 0.1},
+        {"ccl_weight": 1.25},
         {"ccl_form": "spatial_ratio"},
-        {"ccl_form": "both"},
+        {"ccl_form": "token_ratio"},
         {"optimization_steps": 0.2},
         {"optimization_iterations": 1},
         {"optimization_tolerance": 1e9},
         {"step_size": 0.1},
-        {"max_update": 0.01},
+        {"max_update": 0.005},
         {"max_update": None},
         {"attention_resolution": 8},
-        {"mask_dilation": 0},
+        {"mask_dilation": 1},
         {"background_blend": 0.0},
         {"eta": 0.5},
         {"prompt": "a dog wearing a blue hat", "attribute_masks": None},
@@ -113,7 +115,7 @@ def test_guidance_lowers_the_losses_and_raises_the_share_inside(edit, masks):
 def test_the_loss_history_is_complete(edit):
     history = edit().losses[0]
     assert [(e["step"], e["iteration"]) for e in history] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert all(np.isclose(e["loss"], e["oal"] + 1.25 * e["ccl"]) and 0 <= e["capped"] <= 1 for e in history)
+    assert all(np.isclose(e["loss"], e["oal"] + 0.3 * e["ccl"]) and 0 <= e["capped"] <= 1 for e in history)
     assert "ccl" not in edit(attribute_masks=None).losses[0][0]
 
 
@@ -471,6 +473,11 @@ def test_the_loss_level_is_the_coarsest_with_sixteen_cells(pipe):
     assert side((64, 64)) == 16 and side((96, 64)) == 16 and side((16, 24)) == 16
     assert side((8, 12)) == 8  # nothing has sixteen: the finest
     assert side((64, 64), 32) == 32
+
+
+@pytest.mark.parametrize("size,cells", [((16, 24), 0), ((32, 32), 0), ((64, 64), 1), ((64, 96), 1), ((128, 96), 2)])
+def test_default_dilation_is_one_cell_at_stable_diffusions_size(size, cells):
+    assert default_dilation(size) == cells
 
 
 @pytest.mark.parametrize("poison", ["loss", "latents"])

@@ -1,4 +1,4 @@
-"""What every training stage shares: device, budget, learning rate, EMA, checkpoints, parallel rendering, picture grids."""
+"""What every training stage shares: device, budget, learning rate, EMA, checkpoints, drawing, picture grids."""
 
 import argparse
 import contextlib
@@ -112,8 +112,8 @@ def save_checkpoint(path: Path, **state) -> None:
 def save_half(module: torch.nn.Module, folder: Path) -> None:
     """Save a diffusers or transformers model as fp16 safetensors that load as fp32 unless asked otherwise.
 
-    transformers 5 loads a model in the dtype that its config names, diffusers always in fp32: without this, a pipeline's
-    text encoder would be fp16 and its U-Net fp32.
+    transformers 5 loads a model in the dtype that its config names, diffusers always in fp32: without this, the text
+    encoder of a pipeline would be fp16 and its U-Net fp32.
     """
     copy.deepcopy(module).half().save_pretrained(folder)
     path = folder / "config.json"

@@ -17,6 +17,7 @@ from PIL import Image
 
 from training.scenes import ANIMALS, HEADWEAR, SPRITES, THINGS
 
+
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 STRAP = 58  # where the helmet's strap begins, percent of its height
 SIZE = 160  # a sprite fills at most 0.7 of a 256 px scene, so this loses nothing visible

@@ -34,6 +34,7 @@ from training.common import (
 from training.scenes import COLORS, KINDS, PHRASINGS, RECOLORED, TEXTURES, Object, Scene, random_scene
 from training.tokenizer import MAX_LENGTH, write_tokenizer
 
+
 SIZE = 64
 FIRST_SEED = 2 * 10**6  # the diffusion model's scenes are counted from 0, the measuring ones from 10**6
 NOTHING = "nothing"
@@ -84,17 +85,10 @@ def build(vocabulary: int) -> CLIPModel:
 
 
 def window(image: Image.Image, box: tuple[float, float, float]) -> Image.Image:
-    """Square part of a picture at (left, top, side), shares of its side, as `SIZE` px; may reach over the edge."""
+    """Square part of a picture at (left, top, side), shares of its side, as `SIZE` px; black beyond the edge."""
     left, top, side = (value * image.width for value in box)
-    return image.transform(
-        (SIZE, SIZE),
-        Image.Transform.EXTENT,
-        (left, top, left + side, top + side),
-        Image.Resampling.BILINEAR,
-        fillcolor=(128, 128, 128),
-    ) if side <= 2 * SIZE else image.crop(
-        tuple(round(v) for v in (left, top, left + side, top + side))
-    ).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    corners = (round(left), round(top), round(left + side), round(top + side))
+    return image.crop(corners).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
 
 def object_window(mask: np.ndarray, rng: random.Random | None = None) -> tuple[float, float, float]:
@@ -139,7 +133,7 @@ def examples(job: tuple[int | Scene, bool]) -> list[tuple[np.ndarray, str, tuple
         part = window(drawn.image, box)
         found.append((augment(part, rng) if augmented else np.asarray(part), text, labels))
 
-    for item, visible in list(zip(scene.objects, drawn.visible))[: WINDOWS - 1 if augmented else None]:
+    for item, visible in list(zip(scene.objects, drawn.visible, strict=True))[: WINDOWS - 1 if augmented else None]:
         color = list(COLORS).index(item.color) if item.color else -1
         texture = -1 if item.color is None else 1 + TEXTURES.index(item.texture) if item.texture else 0
         labels = KINDS.index(item.kind), color, texture
@@ -169,7 +163,7 @@ class Judge:
     """
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.kinds = self.encode_text(KIND_PROMPTS)
         self.colors = torch.stack([self.encode_text(color_prompts(kind)) for kind in RECOLORED])
         self.textures = {
@@ -307,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         contrast = contrastive_loss(images, captions, same, scale)
         kind_loss = F.cross_entropy(images @ kind_rows.T * scale, kind, ignore_index=-1)
         # Of each window, only the prompts with its own kind (and color): which color is it, given what it is?
-        recolored = torch.tensor([RECOLORED.index(KINDS[k]) if c >= 0 else 0 for k, c in zip(kind, color)])
+        recolored = torch.tensor([RECOLORED.index(KINDS[k]) if c >= 0 else 0 for k, c in zip(kind, color, strict=True)])
         color_rows = color_rows.unflatten(0, (len(RECOLORED), len(COLORS)))[recolored.to(device)]
         texture_rows = texture_rows.unflatten(0, (len(textured), 1 + len(TEXTURES)))
         color_loss = given_kind_loss(images, color_rows, color, scale)

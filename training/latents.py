@@ -20,6 +20,7 @@ from training.common import autocast, pick_device, render_all, to_tensor
 from training.scenes import PHRASINGS, random_scene
 from training.tokenizer import MAX_LENGTH, caption_tokens, write_tokenizer
 
+
 MAX_OBJECTS = 4
 
 
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     drawn = render_all(draw, ((args.first + index, size, side) for index in range(count)))
     bar = tqdm(desc="encoding", total=count, unit=" scenes")
     for first in range(0, count, args.batch):
-        pictures, masks = zip(*(next(drawn) for _ in range(min(args.batch, count - first))))
+        pictures, masks = zip(*(next(drawn) for _ in range(min(args.batch, count - first))), strict=True)
         rows = slice(first, first + len(pictures))
         with autocast(device):
             posterior = vae.encode(to_tensor(np.stack(pictures), device)).latent_dist

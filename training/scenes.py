@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+
 SPRITES = Path(__file__).with_name("sprites")
 
 
@@ -216,8 +217,8 @@ class Scene:
     def of(cls, *items: str, background: str = "", seed: int = 0) -> "Scene":
         """Scene of named objects, side by side; headwear goes to the animal named before it.
 
-        `Scene.of("cat", "straw hat", "blue ball")` is a cat wearing a straw hat and a blue ball; its objects are in that
-        order. Sizes and places are drawn from `seed`.
+        `Scene.of("cat", "straw hat", "blue ball")` is a cat wearing a straw hat and a blue ball; its objects are in
+        that order. Sizes and places are drawn from `seed`.
         """
         rng = random.Random(seed)
         groups: list[list[str]] = []
@@ -273,7 +274,7 @@ class Scene:
         """Draw the scene at `size` x `size` px."""
         canvas = _background(self.background, self.background_seed, size).copy()
         full = []
-        for item, (left, top, width, height) in zip(self.objects, self.boxes()):
+        for item, (left, top, width, height) in zip(self.objects, self.boxes(), strict=True):
             sprite = _styled(item.kind, item.color, item.texture)
             box = max(1, round(width * size)), max(1, round(height * size))
             sprite = sprite.resize(box, Image.Resampling.BILINEAR)

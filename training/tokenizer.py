@@ -7,6 +7,7 @@ the vocabulary, alone and as the end of a word, in CLIP's own order. The files l
 """
 
 import argparse
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 
 from training.scenes import WORDS, Caption
+
 
 MAX_LENGTH = 32  # the longest training caption takes 28 with its start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -30,7 +32,7 @@ def train_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent pair first, until every word is one symbol."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
-    while pairs := Counter(pair for symbols in spelled for pair in zip(symbols, symbols[1:])):
+    while pairs := Counter(pair for symbols in spelled for pair in itertools.pairwise(symbols)):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         for symbols in spelled:
@@ -72,7 +74,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
 def caption_tokens(tokenizer: CLIPTokenizer, caption: Caption) -> tuple[list[int], list[int]]:
     """Token ids of a caption, padded to `MAX_LENGTH`, and for each the index of the object it names (-1: none)."""
     named = {}
-    for index, (noun, attributes) in enumerate(zip(caption.nouns, caption.attributes)):
+    for index, (noun, attributes) in enumerate(zip(caption.nouns, caption.attributes, strict=True)):
         named |= dict.fromkeys((noun, *attributes), index)
     ids, objects = [tokenizer.bos_token_id], [-1]
     for place, word in enumerate(caption.text.split()):

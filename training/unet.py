@@ -38,6 +38,7 @@ from training.latents import Latents, shrink
 from training.scenes import Scene
 from training.tokenizer import MAX_LENGTH, caption_tokens
 
+
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 GROUNDING_WEIGHT = 0.02  # of each of the two grounding terms
 MIN_SNR = 5.0
@@ -124,15 +125,11 @@ def record_attention(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     """Make `unet` keep its cross-attention maps in the returned dict, anew in every forward pass."""
     maps: dict[str, torch.Tensor] = {}
     lowest = unet.config.sample_size // 2 ** (len(unet.config.block_out_channels) - 1)
-    unet.set_attn_processor(
-        {name: GroundedAttention(name, maps, (2 * lowest) ** 2) for name in unet.attn_processors}
-    )
+    unet.set_attn_processor({name: GroundedAttention(name, maps, (2 * lowest) ** 2) for name in unet.attn_processors})
     return maps
 
 
-def grounding_losses(
-    maps: dict[str, torch.Tensor], masks: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def grounding_losses(maps: dict[str, torch.Tensor], masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """TokenCompose's token and pixel terms, averaged over words and layers.
 
     Args:
@@ -278,14 +275,14 @@ def main(argv: list[str] | None = None) -> None:
     unet, text = build(len(tokenizer), data.moments.shape[-1], tuple(args.channels))
     unet, text = unet.to(device, memory_format=torch.channels_last), text.to(device)
     averages = copy.deepcopy(unet), copy.deepcopy(text)
-    emas = [Ema(module, average) for module, average in zip((unet, text), averages)]
+    emas = [Ema(module, average) for module, average in zip((unet, text), averages, strict=True)]
     parameters = [*unet.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     budget, step = Budget(args.seconds, args.samples), 0
     checkpoint = args.out / "checkpoint.pt"
     if args.resume:
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        for module, name in zip((unet, text, *averages), ("unet", "text", "unet_average", "text_average")):
+        for module, name in zip((unet, text, *averages), ("unet", "text", "unet_average", "text_average"), strict=True):
             module.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
         budget.load_state_dict(state["budget"])
