@@ -6,6 +6,7 @@ import inspect
 import json
 import platform
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -120,7 +121,8 @@ def load_pipeline(args: argparse.Namespace) -> MDEEditPipeline:
     device = args.device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return MDEEditPipeline.from_pretrained(args.model).to(device, getattr(torch, args.dtype))
+    pipe = MDEEditPipeline.from_pretrained(args.model).to(device)
+    return pipe if args.dtype == "float32" else pipe.to(getattr(torch, args.dtype))
 
 
 @contextmanager
@@ -183,28 +185,30 @@ def draw_sheet(path: Path, source, output, masks: Dict, source_prompt: str, prom
     from matplotlib.figure import Figure
 
     reconstruction, edited = output.source_images[0], output.images[0]
-    maps = output.attention_maps[0] or {}
-    panels = [(source, f"source\n{source_prompt}")]
+    pictures = [(source, f"source\n{textwrap.fill(source_prompt, 36)}")]
     for key, mask in masks.items():
         shape = np.asarray(PIL.Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(source.size)) / 255
-        panels.append((overlay(source, 0.15 + 0.7 * shape), f"mask of {key!r}"))
-    panels += [(reconstruction, "reconstruction"), (edited, f"edit\n{prompt}")]
-    for key, steps in maps.items():  # (guided steps, before/after, h, w)
+        pictures.append((overlay(source, 0.15 + 0.7 * shape), f"mask of {key!r}"))
+    pictures += [(reconstruction, "reconstruction"), (edited, f"edit\n{textwrap.fill(prompt, 36)}")]
+    attention = []
+    for key, steps in output.attention_maps[0].items():  # (guided steps, before/after, h, w)
         first, last = steps[0, 0].numpy(), steps[-1, 1].numpy()
         peak = max(first.max(), last.max(), 1e-8)
-        panels.append((overlay(reconstruction, first / peak), f"attention of {key!r}\nstep 1, before guidance"))
-        panels.append((overlay(edited, last / peak), f"attention of {key!r}\nstep {len(steps)}, after guidance"))
-    columns = len(masks) + 3
-    rows = -(-(len(panels) + bool(output.losses[0])) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
+        attention.append((overlay(reconstruction, first / peak), f"attention of {key!r}\nstep 1, before guidance"))
+        attention.append((overlay(edited, last / peak), f"attention of {key!r}\nstep {len(steps)}, after guidance"))
+
+    columns = max(len(pictures), len(attention) + 1)
+    figure = Figure(figsize=(2.6 * columns, 6), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
+    axes = figure.subplots(2, columns)
+    for axis in axes.flatten():
         axis.axis("off")
-    for axis, (image, title) in zip(axes, panels):
-        axis.imshow(image, interpolation="nearest")
-        axis.set_title(title, fontsize=8)
+    for row, panels in zip(axes, (pictures, attention)):
+        for axis, (image, title) in zip(row, panels):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_title(title, fontsize=8)
     if output.losses[0]:
-        axis = axes[len(panels)]
+        axis = axes[1, len(attention)]
         axis.axis("on")
         for name, label in (("oal", "OAL"), ("ccl", "CCL")):
             values = [entry[name] for entry in output.losses[0] if name in entry]

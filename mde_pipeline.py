@@ -400,7 +400,12 @@ class MDEEditPipeline(StableDiffusionPipeline):
         # 1. Check inputs
         self.check_prompt(prompt, "prompt")
         check_inversion_settings(
-            method, num_inference_steps, guidance_scale, self.scheduler.config.num_train_timesteps, num_inner_steps
+            method,
+            num_inference_steps,
+            guidance_scale,
+            self.scheduler.config.num_train_timesteps,
+            num_inner_steps,
+            early_stop_epsilon,
         )
         pixels = self.prepare_image(image, height, width)
         trained = self.unet.config.sample_size * self.vae_scale_factor
@@ -671,7 +676,8 @@ class MDEEditPipeline(StableDiffusionPipeline):
             if source_prompt is None:
                 raise ValueError("`image` needs `source_prompt`: what the picture shows now, in words.")
             self.check_prompt(source_prompt, "source_prompt")
-            steps, scale = num_inference_steps or 50, 7.5 if guidance_scale is None else guidance_scale
+            steps = 50 if num_inference_steps is None else num_inference_steps
+            scale = 7.5 if guidance_scale is None else guidance_scale
             check_inversion_settings(inversion_method, steps, scale, self.scheduler.config.num_train_timesteps)
             sides = self.prepare_image(image, None, None).shape[-2:]
             latent_size = tuple(side // self.vae_scale_factor for side in sides)

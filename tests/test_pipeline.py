@@ -432,6 +432,7 @@ def bad_mask(value=None, shape=(HEIGHT, WIDTH)):
         ({"inversion": None, "image": np.full((64, 96, 3), np.nan), "source_prompt": SOURCE}, "not finite"),
         ({"inversion": None, "image": np.zeros((64, 96, 3)), "source_prompt": "cat " * 80}, "has 80 tokens"),
         ({"inversion": None, "image": np.zeros((64, 96, 3)), "source_prompt": SOURCE, "num_inference_steps": 2000}, "from 1 to 1000"),
+        ({"inversion": None, "image": np.zeros((64, 96, 3)), "source_prompt": SOURCE, "num_inference_steps": 0}, "is 0: use"),
         ({"source_prompt": SOURCE}, "an inversion knows its own prompt"),
         ({"attention_resolution": 12}, r"at this image size the U-Net has \[2, 4, 8, 16\]"),
         ({"cross_replace_steps": 1.5}, "`cross_replace_steps` is 1.5: use a number from 0 to 1"),
