@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo examples compare train model-report test test-slow lint clean
+.PHONY: demo examples compare train model-report test test-slow test-matrix lint bundle hub clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -32,11 +32,26 @@ test: $(VENV)/test
 test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -m slow
 
+# The tests on older releases of diffusers and transformers, each in a folder under build/matrix: half an hour.
+test-matrix: $(VENV)/test
+	$(BIN)/python tests/matrix.py
+
 lint: $(VENV)/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+# What a pull request to diffusers' examples/community adds: one file, a table row and a section.
+bundle: $(VENV)/demo
+	mkdir -p build/community
+	$(BIN)/mde-edit bundle --out build/community/mde_edit.py
+	cp community/README.md build/community/
+
+# make hub REPO=user/name [MODEL=emoji_ldm] [DRY=1]
+hub: $(VENV)/demo
+	$(BIN)/mde-edit push $(or $(REPO),$(error say where to: make hub REPO=user/name)) \
+		$(if $(MODEL),--with-model $(MODEL)) $(if $(DRY),--dry-run)
+
 clean:
-	rm -rf $(VENV) $(OUT) train_out
+	rm -rf $(VENV) $(OUT) train_out build
 
 # One stamp per extra; torch first, so that nothing else decides which build of it comes.
 $(VENV)/%: pyproject.toml constraints.txt

@@ -10,7 +10,7 @@ Three things live here, and no state outlives a call:
 """
 
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -53,7 +53,8 @@ def prompt_words(tokenizer, prompt: str) -> List[Tuple[str, Tuple[int, ...]]]:
     for position, (token, token_id) in enumerate(zip(tokenizer.convert_ids_to_tokens(ids), ids)):
         # CLIP's BPE marks the last piece of a word; added tokens (textual inversion) are whole words.
         if token.endswith("</w>") or token_id in tokenizer.added_tokens_decoder or position + 1 == len(ids):
-            text = tokenizer.decode(ids[start : position + 1])
+            # a deep copy of a fast tokenizer (transformers 5) decodes without removing the marks
+            text = tokenizer.decode(ids[start : position + 1]).replace("</w>", "")
             words.append((text.strip(), tuple(range(start + 1, position + 2))))
             start = position + 1
     return words
@@ -260,11 +261,11 @@ class MDEAttnProcessor:
         self.original = original
 
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, control=None
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, control=None
     ) -> torch.Tensor:
         if control is None or not control.reads(self.name):
             return self.original(
-                attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, temb=temb
+                attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
             )
 
         def split_heads(states):  # (batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)
@@ -319,15 +320,19 @@ class MDEAttnProcessor:
 def attention_control(unet):
     """The one place that touches the U-Net: freezes its weights and lets each call bring its own control.
 
-    Processors and every parameter's `requires_grad` are put back on any exit, also after an exception.
+    Processors and every parameter's `requires_grad` are put back on any exit, also after an exception. A compiled U-Net
+    runs uncompiled inside: controls change from call to call, and a pass may leave in the middle.
     """
     processors = dict(unet.attn_processors)
-    grads = [(p, p.requires_grad) for p in unet.parameters()]
+    # by name: CPU offload replaces the parameters it moves
+    grads = {name: p.requires_grad for name, p in unet.named_parameters()}
+    set_stance = getattr(torch.compiler, "set_stance", nullcontext)  # torch 2.6
     try:
         unet.requires_grad_(False)
         unet.set_attn_processor({name: MDEAttnProcessor(name, original) for name, original in processors.items()})
-        yield
+        with set_stance("force_eager"):
+            yield
     finally:
         unet.set_attn_processor(dict(processors))  # it empties the dictionary it is given
-        for parameter, requires_grad in grads:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(grads[name])

@@ -1,5 +1,5 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `mde-edit invert` and `mde-edit edit`. `mde-edit edit --help` lists every setting."""
+"""The command line: `mde-edit invert`, `edit` and, to share the pipeline, `bundle` and `push`; each has `--help`."""
 
 import argparse
 import inspect
@@ -20,9 +20,11 @@ import torch
 import transformers
 from diffusers.utils import load_image
 
+from .bundle import self_contained_source
 from .inversion import INVERSION_METHODS, Inversion
 from .losses import dilate_mask, resize_mask
 from .mde_pipeline import CCL_FORMS, MDEEditPipeline, as_binary_mask, default_dilation
+from .publish import files_to_push, push
 
 
 EDIT_SETTINGS = {  # settings of `MDEEditPipeline.__call__` that are plain numbers or names: one flag each
@@ -82,6 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
     edit.add_argument("--attribute", action="append", type=word_and_mask, metavar="WORD=MASK", help="attribute and its region")
     edit.add_argument("--inversion", help="file from `mde-edit invert`, instead of --image and --source-prompt")
     edit.add_argument("--seed", type=int, help="of the noise that --eta adds")
+    bundle = commands.add_parser("bundle", help="write the pipeline as one self-contained file")
+    bundle.add_argument("--out", required=True, help="the file to write; diffusers finds it by its name, mde_edit.py")
+    hub = commands.add_parser("push", help="upload the pipeline's code and card to the Hugging Face Hub")
+    hub.add_argument("repo", help="user/name; made if there is none")
+    hub.add_argument("--with-model", metavar="FOLDER", help="a saved pipeline that goes there too, such as emoji_ldm")
+    hub.add_argument("--dry-run", action="store_true", help="only list what would go")
+    hub.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    hub.add_argument("--message", default="Upload MDE-Edit", help="of the commit")
     defaults = inspect.signature(MDEEditPipeline.__call__).parameters
     for name, kind in EDIT_SETTINGS.items():
         choices = CCL_FORMS if name == "ccl_form" else None
@@ -95,6 +105,8 @@ def read_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Flags over the config file's settings over the defaults; `object` and `attribute` as {word: path}."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.command not in ("invert", "edit"):
+        return args
     settings = {"model": "emoji_ldm", "method": "null_text", "steps": 50, "guidance_scale": 7.5, "dtype": "float32"}
     if args.config:
         folder = Path(args.config).parent
@@ -300,6 +312,19 @@ def main(argv: Optional[List[str]] = None) -> int:
             pipe = load_pipeline(args)
             run_invert(args, pipe, load_image(args.image)).save(args.out)
             message = f"wrote {args.out}"
+        elif args.command == "bundle":
+            source = self_contained_source(Path(__file__).with_name("mde_pipeline.py"))
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.out).write_text(source, encoding="utf-8")
+            message = f"wrote {args.out}"
+        elif args.command == "push":
+            files = files_to_push(Path(__file__).parent, Path(args.with_model) if args.with_model else None)
+            listing = "".join(f"{len(data):>10}  {path}\n" for path, data in files.items())
+            summary = f"{len(files)} files, {sum(map(len, files.values()))} bytes"
+            if args.dry_run:
+                message = f"{listing}{summary} would go to {args.repo}"
+            else:
+                message = f"{listing}{summary}: {push(args.repo, files, args.message, args.private)}"
         else:
             run = run_edit(args)
             message = (

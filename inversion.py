@@ -158,8 +158,13 @@ def model_fingerprint(unet, text_encoder) -> torch.Tensor:
     Returns:
         (number of parameters,) fp32, on the CPU.
     """
-    values = [p.detach().flatten()[p.numel() // 2] for m in (unet, text_encoder) for p in m.parameters()]
-    return torch.stack([v.float() for v in values]).cpu()
+    values = {}
+    for module in (*unet.modules(), *text_encoder.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            # Sequential offload leaves an empty parameter in the model and keeps its value in its hook.
+            weight = module._hf_hook.weights_map[name] if parameter.is_meta else parameter.detach()
+            values.setdefault(parameter, weight.flatten()[weight.numel() // 2].float().cpu())
+    return torch.stack(list(values.values()))
 
 
 @dataclass(frozen=True)

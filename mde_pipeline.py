@@ -5,7 +5,9 @@
 edits it. The losses are in `losses.py`, attention control in `attention_processors.py`, inversion in `inversion.py`.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -30,6 +32,7 @@ from .attention_processors import (
     find_token_indices,
     prompt_words,
 )
+from .bundle import self_contained_source
 from .inversion import (
     Inversion,
     check_inversion_settings,
@@ -54,7 +57,26 @@ from .losses import (
 
 logger = logging.get_logger(__name__)
 
+MODULE_NAME = "mde_edit"  # of the code file that a saved pipeline brings along
 CCL_FORMS = ("token_ratio", "spatial_ratio", "both")
+# Arguments of `StableDiffusionPipeline.__call__` that mean nothing here, or something else: why, and what to do instead.
+REFUSED = {
+    "negative_prompt": "the inversion's null embeddings stand in its place, and another would not retrace the picture",
+    "negative_prompt_embeds": "the inversion's null embeddings stand in its place",
+    "prompt_embeds": "attention is steered by the prompt's words, which embeddings do not show: pass `prompt`",
+    "clip_skip": "the inversion needs the same text encoder: load it with so many layers less, as in"
+    " `CLIPTextModel.from_pretrained(model, subfolder='text_encoder', num_hidden_layers=12 - clip_skip)`",
+    "guidance_rescale": "the inversion retraces the picture without it: lower `guidance_scale`, or invert with less",
+    "ip_adapter_image": "image prompts have no words whose attention could be steered",
+    "ip_adapter_image_embeds": "image prompts have no words whose attention could be steered",
+    "cross_attention_kwargs": "it carries this pipeline's own control; for a LoRA's strength use `pipe.set_adapters`",
+    "height": "the picture keeps its size: pass it to `pipe.invert`",
+    "width": "the picture keeps its size: pass it to `pipe.invert`",
+    "latents": "every edit starts where the inversion ended",
+    "num_images_per_prompt": "an edit is deterministic: pass a list of prompts, or vary the seed of `eta`'s noise",
+    "timesteps": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
+    "sigmas": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
+}
 MaskInput = Union[PIL.Image.Image, np.ndarray, torch.Tensor]
 Masks = Dict[WordKey, MaskInput]
 
@@ -182,6 +204,44 @@ class MDEEditPipeline(StableDiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     # -----------------------------------------------------------------------------------------------------------------
+    # Loading and saving
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs) -> "MDEEditPipeline":
+        """A pipeline with the components of another Stable Diffusion pipeline, shared, in the dtypes they have.
+
+        Unlike [`DiffusionPipeline.from_pipe`], which casts them, and so the source pipeline, to float32 unless told
+        otherwise. With `dtype` (`torch_dtype` before diffusers 0.40) the shared components are cast to that.
+        """
+        if any(kwargs.get(name) is not None for name in ("dtype", "torch_dtype", "custom_pipeline")):
+            return super().from_pipe(pipeline, **kwargs)
+        components, options = cls._get_signature_keys(cls)
+        given = {k: v for k, v in pipeline.components.items() if k in components}
+        given.update({k: pipeline.config[k] for k in options if k in pipeline.config})
+        pipe = cls(**{**given, **kwargs})
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe
+
+    def save_config(self, save_directory, **kwargs) -> None:
+        """Write `model_index.json` and, beside it, the code it names: what is saved loads again by
+        `DiffusionPipeline.from_pretrained(save_directory, trust_remote_code=True)`, with or without this package."""
+        super().save_config(save_directory, **kwargs)
+        index = Path(save_directory) / self.config_name
+        content = {**json.loads(index.read_text()), "_class_name": [MODULE_NAME, "MDEEditPipeline"]}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        Path(save_directory, f"{MODULE_NAME}.py").write_text(self_contained_source(Path(__file__)), encoding="utf-8")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file, **kwargs) -> Dict[str, Any]:
+        # Whoever loads through this class has the code: the copy in the model's folder is for those who have not, and
+        # would ask for their trust.
+        config = super()._dict_from_json_file(json_file, **kwargs)
+        if config.get("_class_name") == [MODULE_NAME, "MDEEditPipeline"]:
+            config["_class_name"] = "MDEEditPipeline"
+        return config
+
+    # -----------------------------------------------------------------------------------------------------------------
     # Preparation
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -191,7 +251,11 @@ class MDEEditPipeline(StableDiffusionPipeline):
         >>> pipe.tokens("a dog wearing a red hat")
         [('a', (1,)), ('dog', (2,)), ('wearing', (3,)), ('a', (4,)), ('red', (5,)), ('hat', (6,))]
         """
-        return prompt_words(self.tokenizer, prompt)
+        return prompt_words(self.tokenizer, self.spell_out(prompt))
+
+    def spell_out(self, text: str) -> str:
+        """`text` as the text encoder is given it: a textual-inversion token of several vectors stands for all of them."""
+        return self.maybe_convert_prompt(text, self.tokenizer)
 
     @staticmethod
     def load_inversion(path) -> Inversion:
@@ -247,7 +311,19 @@ class MDEEditPipeline(StableDiffusionPipeline):
     def check_prompt(self, prompt: str, name: str) -> None:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"`{name}` is {prompt!r}: describe the picture in words.")
-        check_prompt_length(self.tokenizer, prompt)
+        check_prompt_length(self.tokenizer, self.spell_out(prompt))
+
+    def check_model(self) -> None:
+        """Raise `ValueError` for a model, or an add-on to it, that does not take the passes of this method."""
+        config = self.unet.config
+        if config.get("encoder_hid_dim_type") is not None:
+            raise ValueError("An IP-Adapter is loaded: call `pipe.unload_ip_adapter()` (a picture has no words to steer).")
+        if config.in_channels != self.vae.config.latent_channels or config.get("addition_embed_type") is not None:
+            raise ValueError(
+                f"This U-Net reads {config.in_channels} channels and `addition_embed_type`"
+                f" {config.get('addition_embed_type')!r}: it is an inpainting, an image-conditioned or an SDXL model."
+                " Use a text-to-image model of Stable Diffusion 1.x or 2.x."
+            )
 
     def embed(self, prompt: str) -> torch.Tensor:
         """(1, tokens, dim), the text encoder's reading of `prompt`."""
@@ -287,13 +363,20 @@ class MDEEditPipeline(StableDiffusionPipeline):
         """
         device = self._execution_device
         self.check_prompt(prompt, "prompt")
+        words, source_words = self.spell_out(prompt), self.spell_out(source_prompt)
+
+        def spelled_out(key: WordKey) -> WordKey:
+            if isinstance(key, tuple) and key and isinstance(key[0], str):
+                return (self.spell_out(key[0]), *key[1:])
+            return self.spell_out(key) if isinstance(key, str) else key
+
         covered = torch.zeros(latent_size, dtype=torch.bool)
         regions: Dict[str, List[Region]] = {}
         for name, masks in (("object_masks", object_masks), ("attribute_masks", attribute_masks)):
             keys: Dict[Tuple[int, ...], WordKey] = {}
             soft: Dict[Tuple[int, ...], torch.Tensor] = {}
             for key, value in (masks or {}).items():
-                indices = find_token_indices(self.tokenizer, prompt, key)
+                indices = find_token_indices(self.tokenizer, words, spelled_out(key))
                 mask = as_binary_mask(value, f"{name}[{key!r}]", latent_size)
                 covered |= resize_mask(mask, latent_size) > 0
                 # Two masks for the same tokens are one region: as two, their targets would cancel where they differ.
@@ -309,7 +392,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
             mask = dilate_mask(covered.float(), mask_dilation)[None, None].to(device)
         objects, attributes = regions["object_masks"], regions["attribute_masks"]
         edited = sorted({i for region in (*objects, *attributes) for i in region.token_indices})
-        alignment = align_tokens(self.tokenizer, source_prompt, prompt).without(edited).to(device)
+        alignment = align_tokens(self.tokenizer, source_words, words).without(edited).to(device)
         return Edit(prompt, torch.empty(0), alignment, objects, attributes, mask)
 
     def check_inputs(self, **settings) -> None:
@@ -398,6 +481,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
             FloatingPointError: the optimisation or the inversion left the finite numbers.
         """
         # 1. Check inputs
+        self.check_model()
         self.check_prompt(prompt, "prompt")
         check_inversion_settings(
             method,
@@ -570,6 +654,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Optional[Callable[["MDEEditPipeline", int, int, Dict[str, Any]], Dict[str, Any]]] = None,
         callback_on_step_end_tensor_inputs: List[str] = ["latents"],
+        **refused,
     ) -> Union[MDEEditPipelineOutput, Tuple]:
         r"""
         Edit an inverted picture.
@@ -639,6 +724,8 @@ class MDEEditPipeline(StableDiffusionPipeline):
                 returns under "latents" replaces them.
             callback_on_step_end_tensor_inputs (`list`, defaults to `["latents"]`):
                 What the callback is given.
+            refused:
+                Other arguments of [`StableDiffusionPipeline`]; an error that says why and what to do instead.
 
         Returns:
             [`MDEEditPipelineOutput`] or, without `return_dict`, its fields' tuple `(images, source_images, nsfw, ...)`.
@@ -648,6 +735,11 @@ class MDEEditPipeline(StableDiffusionPipeline):
             FloatingPointError: losses or latents left the finite numbers.
         """
         # 1. Check inputs
+        for name in refused:
+            if name not in REFUSED:
+                raise TypeError(f"MDEEditPipeline.__call__() got an unexpected keyword argument {name!r}")
+            raise ValueError(f"`{name}` has no place in MDE-Edit: {REFUSED[name]}.")
+        self.check_model()
         self.check_inputs(
             guidance_scale=guidance_scale,
             cross_replace_steps=cross_replace_steps,

@@ -1,0 +1,50 @@
+# Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
+"""What `mde-edit push` uploads: the pipeline's code and card and, on request, a model that brings this code with it."""
+
+import json
+from pathlib import Path
+from typing import Dict, Optional
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from .bundle import self_contained_source
+from .mde_pipeline import MODULE_NAME
+
+
+CODE = ("attention_processors", "bundle", "inversion", "losses", "mde_pipeline", "pipeline")
+
+
+def files_to_push(root: Path, model: Optional[Path] = None) -> Dict[str, bytes]:
+    """The repository's content, {path: bytes}, such that `custom_pipeline="user/name"` finds the code.
+
+    Args:
+        root: a clone of this repository. Its `model_card.md` becomes the repository's `README.md`.
+        model: folder of a saved pipeline. It goes to the root of the repository with the pipeline in one file, so that
+            `from_pretrained("user/name", trust_remote_code=True)` loads both.
+
+    Raises:
+        ValueError: `root` or `model` lacks a file that has to go.
+    """
+    sources = {f"{name}.py": root / f"{name}.py" for name in CODE}
+    sources |= {"LICENSE": root / "LICENSE", "README.md": root / "model_card.md"}
+    if model is not None:
+        sources["model_index.json"] = model / "model_index.json"
+        for path in sorted(p for p in model.glob("*/*") if p.is_file()):
+            sources[path.relative_to(model).as_posix()] = path
+    missing = [str(path) for path in sources.values() if not path.is_file()]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not found: push from a clone of the repository, and a saved pipeline.")
+    files = {name: path.read_bytes() for name, path in sources.items()}
+    if model is not None:
+        index = {**json.loads(files["model_index.json"]), "_class_name": [MODULE_NAME, "MDEEditPipeline"]}
+        files["model_index.json"] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        files[f"{MODULE_NAME}.py"] = self_contained_source(root / "mde_pipeline.py").encode()
+    return dict(sorted(files.items()))
+
+
+def push(repo_id: str, files: Dict[str, bytes], message: str, private: bool) -> str:
+    """Create the repository if there is none and put `files` into it as one commit; returns the commit's address."""
+    api = HfApi()
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    operations = [CommitOperationAdd(path, data) for path, data in files.items()]
+    return api.create_commit(name, operations, commit_message=message).commit_url

@@ -1,0 +1,53 @@
+"""The Python blocks of the documents run as they stand, in order, one process per document.
+
+The working directory looks like a clone that also holds a clone called `mde_edit`; the Hub is on loopback, with the
+embedded model in Stable Diffusion's place and this repository at user/mde-edit; "cuda" is read as "cpu". A block that
+needs more than that is marked by a line `<!-- not executed: why -->` right above it.
+"""
+
+import re
+
+import pytest
+
+from .door_kit import ROOT, clone, run_script
+from .loopback_hub import Hub
+
+
+DOCUMENTS = [name for name in ("README.md", "model_card.md") if (ROOT / name).exists()]
+BLOCK = re.compile(r"^(<!-- not executed: .+ -->\n+)?```(?:python|py)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+
+
+def python_blocks(text):
+    """The code of every Python block of a document that is not marked, in order."""
+    return [code for skipped, code in BLOCK.findall(text) if not skipped]
+
+
+def test_blocks_are_found_and_marked_ones_left_out():
+    text = "```python\na\n```\ntext\n<!-- not executed: x -->\n```python\nb\n```\n```bash\nc\n```\n```py\nd\ne\n```\n"
+    assert python_blocks(text) == ["a\n", "d\ne\n"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    from mde_edit import MDEEditPipeline
+
+    carrier = tmp_path_factory.mktemp("carrier")
+    MDEEditPipeline.from_pretrained(ROOT / "emoji_ldm").save_pretrained(carrier)
+    hub = Hub()
+    hub.add("CompVis/stable-diffusion-v1-4", ROOT / "emoji_ldm")
+    hub.add("user/mde-edit", clone(tmp_path_factory.mktemp("hub") / "mde_edit"))
+    hub.add("user/emoji-ldm-mde", carrier)
+    with hub.running():
+        yield hub
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if python_blocks((ROOT / name).read_text())])
+def test_the_documents_python_runs(document, hub, tmp_path):
+    here = tmp_path / "clone"
+    here.mkdir()
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith("."):
+            (here / entry.name).symlink_to(entry)
+    clone(here / "mde_edit")
+    code = "\n".join(python_blocks((ROOT / document).read_text())).replace('"cuda"', '"cpu"')
+    run_script(code, tmp_path / "home", here, hub, HF_TOKEN="hf_none")

@@ -1,0 +1,280 @@
+"""What users already have on their pipeline: each works with an edit, seen in the result, or is refused by name."""
+
+import copy
+
+import accelerate
+import numpy as np
+import peft
+import PIL.Image
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from mde_edit import MDEEditPipeline
+from mde_edit.inversion import model_fingerprint
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
+
+from .conftest import SOURCE, TARGET, make_pipe
+from .test_pipeline import state_of
+
+
+@pytest.fixture
+def own(components):
+    """A pipeline whose models a test may change."""
+    return make_pipe({**{k: copy.deepcopy(v) for k, v in components.items()}})
+
+
+@pytest.fixture
+def run(image, masks):
+    """Invert and edit in two steps with both losses; gives the edited picture and the reconstruction, (H, W, 3)."""
+
+    def run(pipe, prompt=TARGET, source=SOURCE, method="direct", **changes):
+        inversion = pipe.invert(
+            image, source, num_inference_steps=2, method=method, guidance_scale=3.0, num_inner_steps=2
+        )
+        settings = {
+            "object_masks": {"dog": masks[0]},
+            "attribute_masks": {"red": masks[1]},
+            "optimization_iterations": 2,
+            "optimization_steps": 0.5,
+            "output_type": "np",
+        }
+        out = pipe(prompt, inversion, **{**settings, **changes})
+        return out.images[0], out.source_images[0]
+
+    return run
+
+
+def close(a, b, tolerance=2e-3):
+    return np.abs(a - b).max() < tolerance
+
+
+# Adapters
+
+
+def test_lora_on_the_unet_and_the_text_encoder(own, run, image):
+    plain = run(own)[0]
+    inversion = own.invert(image, SOURCE, 2, method="direct")
+    torch.manual_seed(0)
+    lora = {"r": 2, "init_lora_weights": False}
+    own.unet.add_adapter(peft.LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **lora))
+    with_unet = run(own)[0]
+    assert not close(plain, with_unet)
+    with pytest.raises(ValueError, match="or with a LoRA this one lacks"):
+        own(TARGET, inversion)
+    own.text_encoder.add_adapter(peft.LoraConfig(target_modules=["q_proj", "v_proj"], **lora))
+    before = state_of(own)
+    assert not close(run(own)[0], with_unet) and state_of(own) == before
+    same, reconstruction = run(own, SOURCE, object_masks=None, attribute_masks=None, method="null_text")
+    assert close(same, reconstruction)
+    own.unet.disable_adapters()
+    own.text_encoder.disable_adapters()
+    assert close(run(own)[0], plain)
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_textual_inversion_tokens_are_words(own, run, image, masks, vectors):
+    torch.manual_seed(0)
+    own.load_textual_inversion({"<toy>": torch.randn(vectors, 16)})
+    prompt = "a <toy> wearing a red hat"
+    assert own.tokens(prompt)[1 + vectors] == ("wearing", (2 + vectors,))
+    objects = {"object_masks": {"<toy>": masks[0]}}
+    every = {"object_masks": {tuple(range(2, 2 + vectors)): masks[0]}}  # all the vectors of the word
+    edited = run(own, prompt, **objects)[0]
+    assert np.array_equal(edited, run(own, prompt, **every)[0])
+    assert not close(edited, run(own, "a dog wearing a red hat", object_masks={"dog": masks[0]})[0], 1e-4)
+    # as a word of the source too: what follows it keeps its place, so that the same prompt is the same picture
+    same, reconstruction = run(own, prompt, prompt, object_masks=None, attribute_masks=None, method="null_text")
+    assert close(same, reconstruction)
+
+
+def test_a_loaded_ip_adapter_is_refused(own, image, inversion):
+    own.unet.config["encoder_hid_dim_type"] = "ip_image_proj"  # what `load_ip_adapter` sets
+    with pytest.raises(ValueError, match="unload_ip_adapter"):
+        own.invert(image, SOURCE, 2)
+    with pytest.raises(ValueError, match="unload_ip_adapter"):
+        own(TARGET, inversion)
+
+
+# Memory and speed
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(2)], ids=["plain", "sliced"])
+def test_attention_processors_set_before_are_used_and_stay(own, run, processor):
+    plain = run(own)[0]
+    own.unet.set_attn_processor(processor)
+    assert close(run(own)[0], plain)
+    assert all(p is processor for p in own.unet.attn_processors.values())
+
+
+def test_vae_slicing_and_tiling(own, run):
+    plain = run(own)[0]
+    own.vae.enable_slicing()
+    assert close(run(own)[0], plain)
+    own.vae.enable_tiling()
+    own.vae.tile_sample_min_size, own.vae.tile_latent_min_size = 32, 8
+    tiled = run(own)[0]
+    assert tiled.shape == plain.shape and np.isfinite(tiled).all()
+
+
+def test_model_offload(own, run, monkeypatch):
+    """accelerate's hooks as `enable_model_cpu_offload` installs them; the CPU stands in for the device."""
+    plain = run(own, method="null_text")[0]
+    own.enable_model_cpu_offload(device="cpu")
+    before, freed = state_of(own), []
+    free = own.maybe_free_model_hooks
+    monkeypatch.setattr(own, "maybe_free_model_hooks", lambda: (freed.append(1), free())[1])
+    assert close(run(own, method="null_text")[0], plain)
+    assert len(freed) == 2  # after the inversion and after the edit
+    assert state_of(own)[1:] == before[1:]
+
+
+def test_sequential_offload(own, run):
+    """Every weight is an empty tensor outside its layer's own forward."""
+    plain, fingerprint = run(own, method="null_text")[0], model_fingerprint(own.unet, own.text_encoder)
+    list(own.unet.parameters())[0].requires_grad_(False)
+    for model in (own.unet, own.text_encoder, own.vae):  # as `enable_sequential_cpu_offload` does with a device
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        accelerate.cpu_offload(model, torch.device("cpu"), state_dict=weights)
+    grads = {name: p.requires_grad for name, p in own.unet.named_parameters()}
+    assert all(p.is_meta for p in own.unet.parameters())
+    assert torch.equal(model_fingerprint(own.unet, own.text_encoder), fingerprint)
+    assert close(run(own, method="null_text")[0], plain)
+    assert {name: p.requires_grad for name, p in own.unet.named_parameters()} == grads
+    assert not all(grads.values())
+
+
+def test_fused_projections(own, run):
+    plain = run(own)[0]
+    own.fuse_qkv_projections()
+    names = {type(p).__name__ for p in own.unet.attn_processors.values()}
+    assert close(run(own)[0], plain)
+    assert {type(p).__name__ for p in own.unet.attn_processors.values()} == names
+    own.unfuse_qkv_projections()
+    assert close(run(own)[0], plain)
+
+
+@pytest.mark.parametrize("form", ["wrapped", "in place"])
+def test_a_compiled_unet(own, run, form):
+    plain = run(own)[0]
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    if form == "wrapped":
+        own.unet = torch.compile(own.unet, backend=backend)
+    else:
+        own.unet.compile(backend=backend)
+    assert close(run(own)[0], plain) and close(run(own, method="null_text")[0], run(own, method="null_text")[0])
+    assert not compiled  # an edit runs the U-Net as written: its controls differ from call to call
+
+
+def test_freeu(own, run):
+    plain = run(own)[0]
+    own.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    same, reconstruction = run(own, SOURCE, object_masks=None, attribute_masks=None, method="null_text")
+    assert close(same, reconstruction) and not close(run(own)[0], plain, 1e-4)
+    own.disable_freeu()
+    assert close(run(own)[0], plain)
+
+
+# Arguments and parts
+
+
+@pytest.mark.parametrize(
+    "argument,message",
+    [
+        ({"negative_prompt": "blurry"}, "null embeddings stand in its place"),
+        ({"negative_prompt_embeds": torch.zeros(1, 77, 16)}, "null embeddings stand in its place"),
+        ({"prompt_embeds": torch.zeros(1, 77, 16)}, "pass `prompt`"),
+        ({"clip_skip": 1}, "num_hidden_layers=12 - clip_skip"),
+        ({"guidance_rescale": 0.7}, "lower `guidance_scale`"),
+        ({"ip_adapter_image": PIL.Image.new("RGB", (8, 8))}, "no words"),
+        ({"cross_attention_kwargs": {"scale": 0.5}}, "pipe.set_adapters"),
+        ({"height": 512}, "pass it to `pipe.invert`"),
+        ({"latents": torch.zeros(1, 4, 16, 24)}, "where the inversion ended"),
+        ({"num_images_per_prompt": 2}, "list of prompts"),
+        ({"timesteps": [1]}, "num_inference_steps"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_without_a_meaning_here_are_refused_by_name(pipe, inversion, argument, message):
+    with pytest.raises(ValueError, match=f"`{next(iter(argument))}` has no place.*{message}"):
+        pipe(TARGET, inversion, **argument)
+
+
+def test_a_misspelt_argument_is_still_a_type_error(pipe, inversion):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'object_mask'"):
+        pipe(TARGET, inversion, object_mask={})
+
+
+def test_skipping_clip_layers_by_loading_fewer(own, run, tmp_path):
+    """What the refusal of `clip_skip` advises is the same embedding."""
+    own.text_encoder.save_pretrained(tmp_path)
+    shallow = CLIPTextModel.from_pretrained(tmp_path, num_hidden_layers=1)
+    ids = own.tokenizer(TARGET, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = own.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        norm = getattr(own.text_encoder, "text_model", own.text_encoder).final_layer_norm
+        assert torch.allclose(shallow(ids)[0], norm(hidden), atol=1e-5)
+    plain = run(own)[0]
+    own.text_encoder = shallow
+    assert not close(run(own)[0], plain, 1e-4)
+
+
+def test_safety_checker(own, run):
+    """A flagged edit comes back black, and says so; without one nothing is checked (the other tests)."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 16, "projection_dim": 8}
+    config = CLIPConfig(text_config={**small, "projection_dim": 8}, vision_config=vision, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config)
+    own.register_modules(
+        safety_checker=checker,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(1.0)
+        checker.concept_embeds.copy_(torch.randn_like(checker.concept_embeds))
+    assert run(own)[0].max() > 0  # similarity is below 1: nothing is flagged
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(-2.0)
+    assert run(own)[0].max() == 0
+
+
+def test_stable_diffusion_2(components, run):
+    """v-prediction, linear projections, a head count per level, upcast attention."""
+    torch.manual_seed(0)
+    config = {**components["unet"].config, "use_linear_projection": True, "attention_head_dim": (2, 4, 4, 4)}
+    unet = UNet2DConditionModel.from_config({**config, "upcast_attention": True}).eval()
+    pipe = make_pipe({**components, "unet": unet}, prediction_type="v_prediction")
+    same, reconstruction = run(pipe, SOURCE, object_masks=None, attribute_masks=None, method="null_text")
+    assert close(same, reconstruction)
+    assert not close(run(pipe)[0], reconstruction)
+
+
+def test_from_other_stable_diffusion_pipelines(components, run):
+    """`from_single_file` gives these too: whatever class holds the components, `from_pipe` takes them over."""
+    parts = make_pipe(components).components
+    plain = run(make_pipe(components))[0]
+    for kind in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline):
+        source = kind(**parts, requires_safety_checker=False)
+        pipe = MDEEditPipeline.from_pipe(source)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.unet is source.unet and close(run(pipe)[0], plain)
+    back = StableDiffusionPipeline.from_pipe(pipe)
+    assert back("a cat", num_inference_steps=1, output_type="np").images.shape[0] == 1
+
+
+def test_models_of_another_kind_are_refused(own, image):
+    own.unet = UNet2DConditionModel.from_config({**own.unet.config, "in_channels": 9})
+    with pytest.raises(ValueError, match="reads 9 channels.*Use a text-to-image model of Stable Diffusion 1.x or 2.x"):
+        own.invert(image, SOURCE, 2)

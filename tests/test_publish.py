@@ -1,0 +1,81 @@
+"""Publishing: what goes to the Hub, and that it can be used from there."""
+
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+from mde_edit import MDEEditPipeline
+from mde_edit.publish import files_to_push
+
+from .conftest import make_pipe
+from .door_kit import ROOT, clone, run_script, short_edit
+from .loopback_hub import Hub
+
+
+CODE = ["attention_processors.py", "bundle.py", "inversion.py", "losses.py", "mde_pipeline.py", "pipeline.py"]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = clone(tmp_path_factory.mktemp("clone") / "mde_edit")
+    shutil.copy(ROOT / "LICENSE", folder)
+    card = ROOT / "model_card.md"
+    (folder / "model_card.md").write_text(
+        card.read_text() if card.exists() else "---\nlicense: apache-2.0\n---\n# Card\n"
+    )
+    return folder
+
+
+def test_what_goes(repository):
+    assert list(files_to_push(repository)) == ["LICENSE", "README.md", *CODE]
+    with_model = files_to_push(repository, ROOT / "emoji_ldm")
+    assert {"model_index.json", "mde_edit.py", "unet/diffusion_pytorch_model.safetensors"} <= set(with_model)
+    assert with_model["README.md"] == (repository / "model_card.md").read_bytes()  # the model's own does not replace it
+
+
+def test_a_folder_that_is_no_clone_is_refused(repository, tmp_path):
+    with pytest.raises(ValueError, match="model_card.md not found: push from a clone"):
+        files_to_push(tmp_path)
+    with pytest.raises(ValueError, match="model_index.json not found"):
+        files_to_push(repository, tmp_path)
+
+
+def test_push_and_load_what_was_pushed(repository, components, tmp_path):
+    model = tmp_path / "model"
+    make_pipe(components).save_pretrained(model)
+    expected = short_edit(MDEEditPipeline.from_pretrained(model))
+    (model / "mde_edit.py").unlink()
+    hub = Hub()
+    script = f"""
+import sys
+from mde_edit import cli
+assert cli.__file__.startswith({str(repository)!r})
+assert cli.main(["push", "user/mde-edit", "--with-model", {str(model)!r}, *sys.argv[1:], "--message", "First"]) == 0
+"""
+    with hub.running():
+        home = tmp_path / "home"
+        dry = script.replace("*sys.argv[1:]", "'--dry-run'")
+        run_script(dry, home, repository.parent, hub)
+        assert not hub.requests  # a dry run asks for nothing
+        run_script(script, home, repository.parent, hub, HF_TOKEN="hf_none")
+        ((name, message, paths),) = hub.commits
+        assert (name, message, paths) == ("user/mde-edit", "First", sorted(files_to_push(repository, model)))
+        load = """
+from diffusers import DiffusionPipeline
+print("model", short_edit(DiffusionPipeline.from_pretrained("user/mde-edit", trust_remote_code=True)))
+pipe = DiffusionPipeline.from_pretrained("user/mde-edit", custom_pipeline="user/mde-edit", trust_remote_code=True)
+print("code", short_edit(pipe))
+"""
+        printed, _ = run_script(load, home, tmp_path, hub)
+    assert printed == {"model": expected, "code": expected}
+
+
+@pytest.mark.skipif(not (ROOT / "model_card.md").exists(), reason="no card yet")
+def test_the_card_says_what_the_hub_asks():
+    card = ModelCard.load(ROOT / "model_card.md")
+    data = card.data.to_dict()
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "image-to-image"
+    assert data["license"] == "apache-2.0" and data["base_model"]
+    tags = {"image-editing", "training-free", "multi-object", "mask-guided", "prompt-to-prompt", "null-text-inversion"}
+    assert tags | {"custom_pipeline"} <= set(data["tags"])
+    assert "arxiv.org/abs/2505.05101" in card.text
