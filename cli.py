@@ -46,7 +46,7 @@ EDIT_SETTINGS = {  # settings of `MDEEditPipeline.__call__` that are plain numbe
 
 
 def word_and_mask(text: str):
-    """"dog=mask.png" or, for the second "dog", "dog:1=mask.png"."""
+    """ "dog=mask.png" or, for the second "dog", "dog:1=mask.png"."""
     word, separator, path = text.rpartition("=")
     if not separator or not word or not path:
         raise argparse.ArgumentTypeError(f"{text!r}: write WORD=MASK.png, or WORD:1=MASK.png for its second occurrence")
@@ -60,11 +60,15 @@ def mask_key(word: str):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mde-edit", description="Mask-guided editing of several objects of one picture.")
+    parser = argparse.ArgumentParser(
+        prog="mde-edit", description="Mask-guided editing of several objects of one picture."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", help="JSON file with any of these settings; flags override it, paths are relative to it")
+    common.add_argument(
+        "--config", help="JSON file with any of these settings; flags override it, paths are relative to it"
+    )
     common.add_argument("--model", help="folder or Hub name of a Stable Diffusion 1.x/2.x model (default: emoji_ldm)")
     common.add_argument("--image", help="the picture: file or URL")
     common.add_argument("--source-prompt", help="what the picture shows")
@@ -80,8 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("invert", parents=[common], help="invert a picture once, to edit it often")
     edit = commands.add_parser("edit", parents=[common], help="edit a picture")
     edit.add_argument("--prompt", help="what the picture should show")
-    edit.add_argument("--object", action="append", type=word_and_mask, metavar="WORD=MASK", help="new object and its region")
-    edit.add_argument("--attribute", action="append", type=word_and_mask, metavar="WORD=MASK", help="attribute and its region")
+    edit.add_argument(
+        "--object", action="append", type=word_and_mask, metavar="WORD=MASK", help="new object and its region"
+    )
+    edit.add_argument(
+        "--attribute", action="append", type=word_and_mask, metavar="WORD=MASK", help="attribute and its region"
+    )
     edit.add_argument("--inversion", help="file from `mde-edit invert`, instead of --image and --source-prompt")
     edit.add_argument("--seed", type=int, help="of the noise that --eta adds")
     bundle = commands.add_parser("bundle", help="write the pipeline as one self-contained file")
@@ -282,7 +290,9 @@ def run_edit(args: argparse.Namespace) -> Dict:
     background, strict = np.ones((height, width), bool), np.ones((height, width), bool)
     for mask in binary.values():
         background &= (resize_mask(mask, (height, width)) < 0.5).numpy()
-        cells = dilate_mask((resize_mask(mask, size) > 0).float(), settings.get("mask_dilation", default_dilation(size)))
+        cells = dilate_mask(
+            (resize_mask(mask, size) > 0).float(), settings.get("mask_dilation", default_dilation(size))
+        )
         strict &= (resize_mask(cells, (height, width)) == 0).numpy()
     x, y, z = (as_array(i) for i in (source, output.images[0], output.source_images[0]))
     run = {

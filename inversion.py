@@ -133,8 +133,8 @@ def optimize_null_embeds(
                 loss = F.mse_loss(previous, target)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"The null-text optimisation diverged at step {i} (loss {loss.item()}). Load the U-Net in float32 or"
-                    " bfloat16, lower `guidance_scale`, or use method='direct', which optimises nothing."
+                    f"The null-text optimisation diverged at step {i} (loss {loss.item()}). Load the U-Net in float32"
+                    " or bfloat16, lower `guidance_scale`, or use method='direct', which optimises nothing."
                 )
             null.grad = gradient(loss, null, unet.dtype)
             optimizer.step()
@@ -229,7 +229,9 @@ class Inversion:
             metadata: Dict[str, str] = file.metadata() or {}
             names = {f.name for f in fields(cls)}
             if metadata.get("format") != "mde_edit.inversion" or names - set(file.keys()) - set(metadata):
-                raise ValueError(f"{os.fspath(path)!r} is not an inversion: make one with `pipe.invert(...).save(path)`.")
+                raise ValueError(
+                    f"{os.fspath(path)!r} is not an inversion: make one with `pipe.invert(...).save(path)`."
+                )
             values = {n: file.get_tensor(n) if n in file.keys() else json.loads(metadata[n]) for n in names}
         return cls(**values)
 

@@ -1,7 +1,7 @@
 """The example scenes under the method's variants: `make compare` prints the table that the README quotes.
 
-In: PSNR to the ideal picture inside the masks. Out: PSNR to the source outside masks and ideal change. Share: how much of
-an edited word's attention lies inside its mask, mean over words and guided steps.
+In: PSNR to the ideal picture inside the masks. Out: PSNR to the source outside masks and ideal change. Share: how
+much of an edited word's attention lies inside its mask, mean over words and guided steps.
 """
 
 import json
@@ -47,7 +47,9 @@ def measure(pipe, folder: Path, method: str, scale: float, settings: dict):
     shares = []
     for word, maps in out.attention_maps[0].items():
         after = maps[:, 1]  # (guided steps, h, w)
-        share = (after * resize_mask(torch.from_numpy(words[word]), after.shape[-2:])).sum((-1, -2)) / after.sum((-1, -2))
+        share = (after * resize_mask(torch.from_numpy(words[word]), after.shape[-2:])).sum((-1, -2)) / after.sum(
+            (-1, -2)
+        )
         shares.append(float(share.mean()))
     untouched = ~inside & (np.abs(source - ideal).max(-1) < 0.02)
     return psnr(ideal, edited, inside), psnr(source, edited, untouched), np.mean(shares)

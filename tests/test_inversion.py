@@ -48,7 +48,9 @@ def test_null_text_equals_its_plain_algorithm(pipe, image):
         for _ in range(inner):
             cond = unet(z, t, encoder_hidden_states=cond_embeds).sample.detach()
             uncond = unet(z, t, encoder_hidden_states=null).sample
-            loss = F.mse_loss(scheduler.step(uncond + scale * (cond - uncond), t, z).prev_sample, trajectory[i + 1 : i + 2])
+            loss = F.mse_loss(
+                scheduler.step(uncond + scale * (cond - uncond), t, z).prev_sample, trajectory[i + 1 : i + 2]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -106,7 +108,10 @@ def test_same_prompt_without_losses_is_the_reconstruction(pipe, image, method):
 def test_save_and_load(pipe, image, masks, tmp_path, method):
     inverted = pipe.invert(image, SOURCE, 3, method=method, guidance_scale=2.0, num_inner_steps=1)
     inverted.save(tmp_path / "cat.safetensors")
-    for loaded in (Inversion.load(tmp_path / "cat.safetensors"), pipe.load_inversion(str(tmp_path / "cat.safetensors"))):
+    for loaded in (
+        Inversion.load(tmp_path / "cat.safetensors"),
+        pipe.load_inversion(str(tmp_path / "cat.safetensors")),
+    ):
         for name, value in vars(inverted).items():
             other = getattr(loaded, name)
             assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
