@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo examples test test-slow test-matrix lint clean bundle hub
+.PHONY: demo examples compare train model-report test test-slow test-matrix lint bundle hub clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -12,6 +12,19 @@ demo: $(VENV)/demo
 
 examples: $(VENV)/demo
 	for case in examples/*/; do $(BIN)/mde-edit edit --config $$case/edit.json --out $$case || exit 1; done
+
+compare: $(VENV)/demo
+	$(BIN)/python -m examples.compare
+
+# The embedded model's training, stage by stage; see training/README.md.
+train: $(VENV)/train
+	$(BIN)/python -m training.vae --out train_out/vae
+	$(BIN)/python -m training.latents --vae train_out/vae --out train_out/latents
+	$(BIN)/python -m training.unet --vae train_out/vae --latents train_out/latents --out train_out/ldm
+	$(BIN)/python -m training.judge --out train_out/judge
+
+model-report: $(VENV)/train
+	$(BIN)/python -m training.report --model train_out/ldm/pipeline --judge train_out/judge --out train_out/report
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest
@@ -38,7 +51,7 @@ hub: $(VENV)/demo
 		$(if $(MODEL),--with-model $(MODEL)) $(if $(DRY),--dry-run)
 
 clean:
-	rm -rf $(VENV) $(OUT) build
+	rm -rf $(VENV) $(OUT) train_out build
 
 # One stamp per extra; torch first, so that nothing else decides which build of it comes.
 $(VENV)/%: pyproject.toml constraints.txt

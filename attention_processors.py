@@ -76,7 +76,9 @@ def find_token_indices(tokenizer, prompt: str, key: WordKey) -> Tuple[int, ...]:
     if isinstance(key, int) or (isinstance(key, tuple) and key and all(isinstance(k, int) for k in key)):
         indices = (key,) if isinstance(key, int) else tuple(sorted(set(key)))
         if indices[0] < 1 or indices[-1] > last:
-            raise ValueError(f"Token position {key!r} is not a word of the prompt {prompt!r}: its words are at 1..{last}.")
+            raise ValueError(
+                f"Token position {key!r} is not a word of the prompt {prompt!r}: its words are at 1..{last}."
+            )
         return indices
 
     text, occurrence = key if isinstance(key, tuple) and len(key) == 2 else (key, None)

@@ -6,6 +6,7 @@ import inspect
 import json
 import platform
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ EDIT_SETTINGS = {  # settings of `MDEEditPipeline.__call__` that are plain numbe
 
 
 def word_and_mask(text: str):
-    """"dog=mask.png" or, for the second "dog", "dog:1=mask.png"."""
+    """ "dog=mask.png" or, for the second "dog", "dog:1=mask.png"."""
     word, separator, path = text.rpartition("=")
     if not separator or not word or not path:
         raise argparse.ArgumentTypeError(f"{text!r}: write WORD=MASK.png, or WORD:1=MASK.png for its second occurrence")
@@ -59,11 +60,15 @@ def mask_key(word: str):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mde-edit", description="Mask-guided editing of several objects of one picture.")
+    parser = argparse.ArgumentParser(
+        prog="mde-edit", description="Mask-guided editing of several objects of one picture."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", help="JSON file with any of these settings; flags override it, paths are relative to it")
+    common.add_argument(
+        "--config", help="JSON file with any of these settings; flags override it, paths are relative to it"
+    )
     common.add_argument("--model", help="folder or Hub name of a Stable Diffusion 1.x/2.x model (default: emoji_ldm)")
     common.add_argument("--image", help="the picture: file or URL")
     common.add_argument("--source-prompt", help="what the picture shows")
@@ -79,8 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("invert", parents=[common], help="invert a picture once, to edit it often")
     edit = commands.add_parser("edit", parents=[common], help="edit a picture")
     edit.add_argument("--prompt", help="what the picture should show")
-    edit.add_argument("--object", action="append", type=word_and_mask, metavar="WORD=MASK", help="new object and its region")
-    edit.add_argument("--attribute", action="append", type=word_and_mask, metavar="WORD=MASK", help="attribute and its region")
+    edit.add_argument(
+        "--object", action="append", type=word_and_mask, metavar="WORD=MASK", help="new object and its region"
+    )
+    edit.add_argument(
+        "--attribute", action="append", type=word_and_mask, metavar="WORD=MASK", help="attribute and its region"
+    )
     edit.add_argument("--inversion", help="file from `mde-edit invert`, instead of --image and --source-prompt")
     edit.add_argument("--seed", type=int, help="of the noise that --eta adds")
     bundle = commands.add_parser("bundle", help="write the pipeline as one self-contained file")
@@ -132,7 +141,8 @@ def load_pipeline(args: argparse.Namespace) -> MDEEditPipeline:
     device = args.device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return MDEEditPipeline.from_pretrained(args.model).to(device, getattr(torch, args.dtype))
+    pipe = MDEEditPipeline.from_pretrained(args.model).to(device)
+    return pipe if args.dtype == "float32" else pipe.to(getattr(torch, args.dtype))
 
 
 @contextmanager
@@ -195,28 +205,30 @@ def draw_sheet(path: Path, source, output, masks: Dict, source_prompt: str, prom
     from matplotlib.figure import Figure
 
     reconstruction, edited = output.source_images[0], output.images[0]
-    maps = output.attention_maps[0] or {}
-    panels = [(source, f"source\n{source_prompt}")]
+    pictures = [(source, f"source\n{textwrap.fill(source_prompt, 36)}")]
     for key, mask in masks.items():
         shape = np.asarray(PIL.Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(source.size)) / 255
-        panels.append((overlay(source, 0.15 + 0.7 * shape), f"mask of {key!r}"))
-    panels += [(reconstruction, "reconstruction"), (edited, f"edit\n{prompt}")]
-    for key, steps in maps.items():  # (guided steps, before/after, h, w)
+        pictures.append((overlay(source, 0.15 + 0.7 * shape), f"mask of {key!r}"))
+    pictures += [(reconstruction, "reconstruction"), (edited, f"edit\n{textwrap.fill(prompt, 36)}")]
+    attention = []
+    for key, steps in output.attention_maps[0].items():  # (guided steps, before/after, h, w)
         first, last = steps[0, 0].numpy(), steps[-1, 1].numpy()
         peak = max(first.max(), last.max(), 1e-8)
-        panels.append((overlay(reconstruction, first / peak), f"attention of {key!r}\nstep 1, before guidance"))
-        panels.append((overlay(edited, last / peak), f"attention of {key!r}\nstep {len(steps)}, after guidance"))
-    columns = len(masks) + 3
-    rows = -(-(len(panels) + bool(output.losses[0])) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
+        attention.append((overlay(reconstruction, first / peak), f"attention of {key!r}\nstep 1, before guidance"))
+        attention.append((overlay(edited, last / peak), f"attention of {key!r}\nstep {len(steps)}, after guidance"))
+
+    columns = max(len(pictures), len(attention) + 1)
+    figure = Figure(figsize=(2.6 * columns, 6), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
+    axes = figure.subplots(2, columns)
+    for axis in axes.flatten():
         axis.axis("off")
-    for axis, (image, title) in zip(axes, panels):
-        axis.imshow(image, interpolation="nearest")
-        axis.set_title(title, fontsize=8)
+    for row, panels in zip(axes, (pictures, attention)):
+        for axis, (image, title) in zip(row, panels):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_title(title, fontsize=8)
     if output.losses[0]:
-        axis = axes[len(panels)]
+        axis = axes[1, len(attention)]
         axis.axis("on")
         for name, label in (("oal", "OAL"), ("ccl", "CCL")):
             values = [entry[name] for entry in output.losses[0] if name in entry]
@@ -278,7 +290,9 @@ def run_edit(args: argparse.Namespace) -> Dict:
     background, strict = np.ones((height, width), bool), np.ones((height, width), bool)
     for mask in binary.values():
         background &= (resize_mask(mask, (height, width)) < 0.5).numpy()
-        cells = dilate_mask((resize_mask(mask, size) > 0).float(), settings.get("mask_dilation", default_dilation(size)))
+        cells = dilate_mask(
+            (resize_mask(mask, size) > 0).float(), settings.get("mask_dilation", default_dilation(size))
+        )
         strict &= (resize_mask(cells, (height, width)) == 0).numpy()
     x, y, z = (as_array(i) for i in (source, output.images[0], output.source_images[0]))
     run = {

@@ -8,7 +8,7 @@ or on disk. The scheduler owns the steps: nothing here knows a formula of the di
 import json
 import os
 from dataclasses import dataclass, fields
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Dict, List, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -133,8 +133,8 @@ def optimize_null_embeds(
                 loss = F.mse_loss(previous, target)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"The null-text optimisation diverged at step {i} (loss {loss.item()}). Load the U-Net in float32 or"
-                    " bfloat16, lower `guidance_scale`, or use method='direct', which optimises nothing."
+                    f"The null-text optimisation diverged at step {i} (loss {loss.item()}). Load the U-Net in float32"
+                    " or bfloat16, lower `guidance_scale`, or use method='direct', which optimises nothing."
                 )
             null.grad = gradient(loss, null, unet.dtype)
             optimizer.step()
@@ -229,7 +229,9 @@ class Inversion:
             metadata: Dict[str, str] = file.metadata() or {}
             names = {f.name for f in fields(cls)}
             if metadata.get("format") != "mde_edit.inversion" or names - set(file.keys()) - set(metadata):
-                raise ValueError(f"{os.fspath(path)!r} is not an inversion: make one with `pipe.invert(...).save(path)`.")
+                raise ValueError(
+                    f"{os.fspath(path)!r} is not an inversion: make one with `pipe.invert(...).save(path)`."
+                )
             values = {n: file.get_tensor(n) if n in file.keys() else json.loads(metadata[n]) for n in names}
         return cls(**values)
 
@@ -266,7 +268,8 @@ def check_inversion_settings(
     num_inference_steps: int,
     guidance_scale: float,
     num_train_timesteps: int,
-    num_inner_steps: Optional[int] = None,
+    num_inner_steps: int = 10,
+    early_stop_epsilon: float = 1e-5,
 ) -> None:
     """Raise `ValueError` for settings no inversion can be made with, saying which and what would do."""
     if method not in INVERSION_METHODS:
@@ -275,10 +278,16 @@ def check_inversion_settings(
         raise ValueError(
             f"`num_inference_steps` is {num_inference_steps!r}: use a whole number from 1 to {num_train_timesteps}."
         )
+    if not isinstance(guidance_scale, (int, float)) or not 1 <= guidance_scale < float("inf"):
+        raise ValueError(f"`guidance_scale` is {guidance_scale!r}: use a number of at least 1 (1 is no guidance).")
     if method == "null_text" and not guidance_scale > 1:
         raise ValueError(
             f"method='null_text' needs `guidance_scale` > 1, not {guidance_scale!r}: without guidance there is no null"
             " embedding to optimise. Use method='direct'."
         )
-    if num_inner_steps is not None and num_inner_steps < 1:
-        raise ValueError(f"`num_inner_steps` is {num_inner_steps}: use at least 1, or method='direct' for none.")
+    if not isinstance(num_inner_steps, int) or num_inner_steps < 1:
+        raise ValueError(
+            f"`num_inner_steps` is {num_inner_steps!r}: use a whole number of at least 1, or method='direct' for none."
+        )
+    if not isinstance(early_stop_epsilon, (int, float)) or not early_stop_epsilon >= 0:
+        raise ValueError(f"`early_stop_epsilon` is {early_stop_epsilon!r}: use a number of at least 0.")

@@ -1,12 +1,12 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
 """MDE-Edit (arXiv 2505.05101) as a diffusers pipeline: several masked edits of one real picture, without training.
 
-`pipe.invert(image, prompt)` gives an [`Inversion`]; `pipe(prompt, inversion=..., object_masks=..., attribute_masks=...)`
+`pipe.invert(image, prompt)` gives an [`Inversion`]; `pipe(prompt, inversion=..., object_masks=...)`
 edits it. The losses are in `losses.py`, attention control in `attention_processors.py`, inversion in `inversion.py`.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -59,7 +59,7 @@ logger = logging.get_logger(__name__)
 
 MODULE_NAME = "mde_edit"  # of the code file that a saved pipeline brings along
 CCL_FORMS = ("token_ratio", "spatial_ratio", "both")
-# Arguments of `StableDiffusionPipeline.__call__` that mean nothing here, or something else: why, and what to do instead.
+# Arguments of `StableDiffusionPipeline.__call__` that mean nothing here: why, and what to do instead.
 REFUSED = {
     "negative_prompt": "the inversion's null embeddings stand in its place, and another would not retrace the picture",
     "negative_prompt_embeds": "the inversion's null embeddings stand in its place",
@@ -254,12 +254,12 @@ class MDEEditPipeline(StableDiffusionPipeline):
         return prompt_words(self.tokenizer, self.spell_out(prompt))
 
     def spell_out(self, text: str) -> str:
-        """`text` as the text encoder is given it: a textual-inversion token of several vectors stands for all of them."""
+        """`text` as the text encoder gets it: a textual-inversion token of several vectors stands for all of them."""
         return self.maybe_convert_prompt(text, self.tokenizer)
 
     @staticmethod
     def load_inversion(path) -> Inversion:
-        """[`Inversion.load`], for scripts that loaded this pipeline by `custom_pipeline` and have no module to import."""
+        """[`Inversion.load`], for scripts that loaded this pipeline by `custom_pipeline` and have nothing to import."""
         return Inversion.load(path)
 
     def ddim_scheduler(self, num_inference_steps: int, inverse: bool = False):
@@ -297,7 +297,9 @@ class MDEEditPipeline(StableDiffusionPipeline):
                 " (`diffusers.utils.load_image` reads paths and URLs)."
             )
         elif image.ndim not in (3, 4) or (image.ndim == 4 and len(image) != 1):
-            raise ValueError(f"`image` has shape {tuple(image.shape)}: pass one picture, (H, W, 3) numpy or (3, H, W) torch.")
+            raise ValueError(
+                f"`image` has shape {tuple(image.shape)}: pass one picture, (H, W, 3) numpy or (3, H, W) torch."
+            )
         else:
             if not bool(np.isfinite(image).all() if isinstance(image, np.ndarray) else torch.isfinite(image).all()):
                 raise ValueError("`image` holds values that are not finite (NaN or infinity): clean it first.")
@@ -317,7 +319,9 @@ class MDEEditPipeline(StableDiffusionPipeline):
         """Raise `ValueError` for a model, or an add-on to it, that does not take the passes of this method."""
         config = self.unet.config
         if config.get("encoder_hid_dim_type") is not None:
-            raise ValueError("An IP-Adapter is loaded: call `pipe.unload_ip_adapter()` (a picture has no words to steer).")
+            raise ValueError(
+                "An IP-Adapter is loaded: call `pipe.unload_ip_adapter()` (a picture has no words to steer)."
+            )
         if config.in_channels != self.vae.config.latent_channels or config.get("addition_embed_type") is not None:
             raise ValueError(
                 f"This U-Net reads {config.in_channels} channels and `addition_embed_type`"
@@ -421,13 +425,16 @@ class MDEEditPipeline(StableDiffusionPipeline):
                 span = f"from {low} to {high}" if high is not None else f"of at least {low}"
                 raise ValueError(f"`{name}` is {value!r}: use a {'whole ' if whole else ''}number {span}.")
         if settings["ccl_form"] not in CCL_FORMS:
-            raise ValueError(f"`ccl_form` is {settings['ccl_form']!r}: choose one of {', '.join(map(repr, CCL_FORMS))}.")
+            raise ValueError(
+                f"`ccl_form` is {settings['ccl_form']!r}: choose one of {', '.join(map(repr, CCL_FORMS))}."
+            )
         if settings["output_type"] not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {settings['output_type']!r}: choose 'pil', 'np', 'pt' or 'latent'.")
         unknown = set(settings["callback_on_step_end_tensor_inputs"]) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}: choose from {self._callback_tensor_inputs}."
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}: choose from"
+                f" {self._callback_tensor_inputs}."
             )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -484,13 +491,18 @@ class MDEEditPipeline(StableDiffusionPipeline):
         self.check_model()
         self.check_prompt(prompt, "prompt")
         check_inversion_settings(
-            method, num_inference_steps, guidance_scale, self.scheduler.config.num_train_timesteps, num_inner_steps
+            method,
+            num_inference_steps,
+            guidance_scale,
+            self.scheduler.config.num_train_timesteps,
+            num_inner_steps,
+            early_stop_epsilon,
         )
         pixels = self.prepare_image(image, height, width)
         trained = self.unet.config.sample_size * self.vae_scale_factor
         if pixels.shape[-2] * pixels.shape[-1] > 2 * trained**2:
             logger.warning(
-                f"The picture is {pixels.shape[-1]}x{pixels.shape[-2]} and the model was trained at {trained}x{trained}:"
+                f"The picture is {pixels.shape[-1]}x{pixels.shape[-2]}, the model was trained at {trained}x{trained}:"
                 " expect repeated objects, and memory to match. Pass `height` and `width` to resize it."
             )
 
@@ -567,7 +579,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
         sigma: float,
         edit: Edit,
         guidance: Guidance,
-        make_control: Callable[[], Inject],
+        control: Inject,
         shared_mass: Optional[torch.Tensor],
     ) -> Tuple[torch.Tensor, List[Dict[str, float]], torch.Tensor]:
         r"""
@@ -580,7 +592,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
         Args:
             latents: (1, channels, h, w) fp32, z*.
             sigma: sigma_t = sqrt((1 - alpha_bar) / alpha_bar).
-            make_control: a fresh `Inject` that captures the loss layers and ends there, one per pass.
+            control: captures the loss layers and ends after the last of them.
             shared_mass: (layers, pixels), for Eq. 6.
 
         Returns:
@@ -591,7 +603,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
         for iteration in range(guidance.iterations):
             with torch.enable_grad():
                 latents = latents.detach().requires_grad_()
-                maps = self.target_maps(latents, t, edit, make_control())
+                maps = self.target_maps(latents, t, edit, replace(control, captured={}))
                 losses = edit_losses(maps, shared_mass, edit, guidance)
                 grad = gradient(losses["loss"], latents, self.unet.dtype)
             if not (torch.isfinite(losses["loss"]) and torch.isfinite(grad).all()):
@@ -699,8 +711,8 @@ class MDEEditPipeline(StableDiffusionPipeline):
             attention_resolution (`int`, *optional*):
                 Short side of the cross-attention level the losses read; by default the coarsest of at least 16.
             mask_dilation (`int`, *optional*):
-                By how many latent cells M, the union of all masks, is grown; by default one per 64 of the latents' short
-                side, rounded (the official code's 3x3 at 64x64).
+                By how many latent cells M, the union of all masks, is grown; by default one per 64 of the latents'
+                short side, rounded (the official code's 3x3 at 64x64).
             background_blend (`float`, defaults to 0.3):
                 Share of the steps, up to the last, after which the latents outside M are set to the source's (Eq. 8).
                 Without masks there is no M and no blending.
@@ -756,14 +768,18 @@ class MDEEditPipeline(StableDiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("`prompt` is an empty list: give at least one target prompt.")
-        masks = [per_prompt(m, len(prompts), n) for m, n in ((object_masks, "object_masks"), (attribute_masks, "attribute_masks"))]
+        masks = [
+            per_prompt(m, len(prompts), n)
+            for m, n in ((object_masks, "object_masks"), (attribute_masks, "attribute_masks"))
+        ]
         if (inversion is None) == (image is None):
             raise ValueError("Pass either `inversion` (from `pipe.invert`) or `image` with `source_prompt`, not both.")
         if inversion is None:
             if source_prompt is None:
                 raise ValueError("`image` needs `source_prompt`: what the picture shows now, in words.")
             self.check_prompt(source_prompt, "source_prompt")
-            steps, scale = num_inference_steps or 50, 7.5 if guidance_scale is None else guidance_scale
+            steps = 50 if num_inference_steps is None else num_inference_steps
+            scale = 7.5 if guidance_scale is None else guidance_scale
             check_inversion_settings(inversion_method, steps, scale, self.scheduler.config.num_train_timesteps)
             sides = self.prepare_image(image, None, None).shape[-2:]
             latent_size = tuple(side // self.vae_scale_factor for side in sides)
@@ -773,7 +789,9 @@ class MDEEditPipeline(StableDiffusionPipeline):
             source_prompt, steps = inversion.prompt, inversion.num_inference_steps
             scale = inversion.guidance_scale if guidance_scale is None else guidance_scale
             if num_inference_steps not in (None, steps):
-                raise ValueError(f"`num_inference_steps` is {num_inference_steps} and the inversion was made with {steps}.")
+                raise ValueError(
+                    f"`num_inference_steps` is {num_inference_steps} and the inversion was made with {steps}."
+                )
             if inversion.method == "null_text" and scale != inversion.guidance_scale:
                 raise ValueError(
                     f"`guidance_scale` is {scale} and the null-text inversion was made for {inversion.guidance_scale}:"
@@ -832,18 +850,14 @@ class MDEEditPipeline(StableDiffusionPipeline):
                 if source.cross_layers or source.self_layers:
                     predict(self.unet, inversion.latents[i : i + 1], t, source_embeds, source)
 
+                # Where z* has all noise and no picture (zero terminal SNR), sigma_t is infinite: the cap decides there.
+                alpha_bar = max(scheduler.alphas_cumprod[t.cpu()].item(), 1e-8)
+                sigma = ((1 - alpha_bar) / alpha_bar) ** 0.5
                 moved = []
                 for edit, z, edit_history, edit_maps in zip(edits, latents.split(1), history, maps):
                     aligned = align_maps(source.cross, edit.alignment)
-
-                    def control(exit_after=None, capture=True) -> Inject:
-                        return Inject(
-                            cross=aligned if i < cross_steps else {},
-                            shared=edit.alignment.shared,
-                            self_qk=source.self_qk,
-                            capture_layers=loss_names if capture else frozenset(),
-                            exit_after=exit_after,
-                        )
+                    injection = Inject(aligned if i < cross_steps else {}, edit.alignment.shared, source.self_qk)
+                    capturing = replace(injection, capture_layers=loss_names)
 
                     # 4b. Guidance moves z* down the losses, inside M (Eq. 7)
                     before = None
@@ -851,38 +865,31 @@ class MDEEditPipeline(StableDiffusionPipeline):
                         shared_mass = None
                         if guidance.reads_source(edit):
                             shared_mass = torch.cat([aligned[layer.name] for layer in loss_layers]).sum(dim=-1)
-                        alpha_bar = scheduler.alphas_cumprod[t.cpu()].item()
-                        z, iterations, before = self.guide_latents(
-                            z,
-                            t,
-                            ((1 - alpha_bar) / alpha_bar) ** 0.5,
-                            edit,
-                            guidance,
-                            lambda: control(exit_after=loss_layers[-1].name),
-                            shared_mass,
-                        )
+                        leaving = replace(capturing, exit_after=loss_layers[-1].name)
+                        z, iterations, before = self.guide_latents(z, t, sigma, edit, guidance, leaving, shared_mass)
                         edit_history += [{"step": i, **entry} for entry in iterations]
                         progress.set_postfix({k: f"{v:.3f}" for k, v in iterations[-1].items() if k in ("oal", "ccl")})
 
                     # 4c. Classifier-free guidance and the DDIM step
-                    injection = control(capture=guided and output_attention_maps)
+                    control = capturing if guided and output_attention_maps else injection
                     if scale > 1:
                         embeds = torch.cat([inversion.null_embed(i).to(edit.prompt_embeds), edit.prompt_embeds])
-                        null, cond = predict(self.unet, z.repeat(2, 1, 1, 1), t, embeds, injection).chunk(2)
+                        null, cond = predict(self.unet, z.repeat(2, 1, 1, 1), t, embeds, control).chunk(2)
                         noise = null + scale * (cond - null)
                     else:
-                        noise = predict(self.unet, z, t, edit.prompt_embeds, injection)
+                        noise = predict(self.unet, z, t, edit.prompt_embeds, control)
                     z = scheduler.step(noise, t, z, eta=eta, generator=generator).prev_sample
 
                     # 4d. Outside M the picture is the source's (Eq. 8)
                     if edit.mask is not None and i >= blend_from:
                         z = torch.where(edit.mask.bool(), z, inversion.latents[i + 1 : i + 2])
                     moved.append(z)
-                    if injection.captured:
-                        after = torch.cat(list(injection.captured.values()))
+                    if control.captured:
+                        after = torch.cat(list(control.captured.values()))
                         for region in (*edit.objects, *edit.attributes):
-                            pair = [aggregate_maps(m, region.token_indices) for m in (after if before is None else before, after)]
-                            edit_maps.setdefault(region.key, []).append(torch.stack(pair).reshape(2, *loss_size).cpu())
+                            both = (after if before is None else before, after)
+                            pair = torch.stack([aggregate_maps(m, region.token_indices) for m in both])
+                            edit_maps.setdefault(region.key, []).append(pair.reshape(2, *loss_size).cpu())
                 latents = torch.cat(moved)
                 if not torch.isfinite(latents).all():
                     raise FloatingPointError(
@@ -969,8 +976,12 @@ def as_binary_mask(mask: MaskInput, name: str, latent_size: Tuple[int, int]) -> 
     if not mask.is_floating_point() and mask.dtype != torch.bool and values.max() > 1:
         values = values / 255
     if values.min() < 0 or values.max() > 1:
-        raise ValueError(f"{name} has values from {values.min():g} to {values.max():g}: use bool, 0-255 integers or 0-1 floats.")
+        raise ValueError(
+            f"{name} has values from {values.min():g} to {values.max():g}: use bool, 0-255 integers or 0-1 floats."
+        )
     binary = (values >= 0.5).float()
     if not binary.any():
-        raise ValueError(f"{name} is empty: nothing in it is white (at least half of the range), so nothing can be edited there.")
+        raise ValueError(
+            f"{name} is empty: nothing in it is white (at least half of the range), so nothing can be edited there."
+        )
     return binary

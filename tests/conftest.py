@@ -19,7 +19,9 @@ SOURCE = "a cat wearing a straw hat"
 TARGET = "a dog wearing a red hat"
 HEIGHT, WIDTH = 64, 96  # non-square; latents 16 x 24 (the VAE's factor is 4)
 
-WORDS = "a an and cat dog tiger wearing straw red blue hat cap ball on grass the big old wooden table polar bear".split()
+WORDS = (
+    "a an and cat dog tiger wearing straw red blue hat cap ball on grass the big old wooden table polar bear".split()
+)
 
 
 def _byte_symbols():

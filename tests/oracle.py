@@ -21,7 +21,9 @@ class NaiveProcessor:
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         tape, cross = self.tape, encoder_hidden_states is not None
         context = encoder_hidden_states if cross else hidden_states
-        q, k, v = (attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
+        q, k, v = (
+            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
         probs = (attn.scale * torch.bmm(q, k.transpose(1, 2))).softmax(-1)  # (batch * heads, pixels, keys)
         heads = probs.shape[0] // hidden_states.shape[0]
         if tape.mode == "source":
@@ -82,7 +84,9 @@ def naive_edit(
                             loss = loss + settings["oal_weight"] * (bce(1e-5 + (1 - 2e-5) * s, soft) + bce(v, soft))
                             continue
                         for name, m in zip(loss_names, own):
-                            kept = [int(alignment.mapper[j]) for j in range(len(alignment.shared)) if alignment.shared[j]]
+                            kept = [
+                                int(alignment.mapper[j]) for j in range(len(alignment.shared)) if alignment.shared[j]
+                            ]
                             ratio = m / (m + tape.source[name][..., kept].sum(-1).detach() + 1e-6)
                             terms = (1 - (ratio * binary).sum(-1) / binary.sum()) ** 2
                             if settings.get("ccl_form") == "both":
@@ -91,7 +95,9 @@ def naive_edit(
                     (g,) = torch.autograd.grad(loss, z)
                     z = z.detach()
                     rms = (z * dilated).square().sum().div(dilated.sum() * z.shape[1]).sqrt()
-                    step = (settings["step_size"] * sigma * g).clamp(-settings["max_update"] * rms, settings["max_update"] * rms)
+                    step = (settings["step_size"] * sigma * g).clamp(
+                        -settings["max_update"] * rms, settings["max_update"] * rms
+                    )
                     z = z - dilated * step
             with torch.no_grad():
                 run("source", z_source, t, source_embeds)

@@ -11,14 +11,25 @@ from mde_edit.cli import main, psnr, read_arguments
 
 ROOT = Path(__file__).parent.parent
 CASE = ROOT / "examples" / "cat_straw_hat"
-FAST = ["--model", str(ROOT / "emoji_ldm"), "--steps", "4", "--optimization-iterations", "1", "--optimization-steps", "0.5"]
+FAST = [
+    "--model",
+    str(ROOT / "emoji_ldm"),
+    "--steps",
+    "4",
+    "--optimization-iterations",
+    "1",
+    "--optimization-steps",
+    "0.5",
+]
 
 
 def test_edit_writes_its_four_files(tmp_path, capsys):
     assert main(["edit", "--config", str(CASE / "edit.json"), *FAST, "--method", "direct", "--out", str(tmp_path)]) == 0
     assert "edited.png" in capsys.readouterr().out
     edited = PIL.Image.open(tmp_path / "edited.png")
-    assert edited.size == PIL.Image.open(CASE / "image.png").size == PIL.Image.open(tmp_path / "reconstruction.png").size
+    assert (
+        edited.size == PIL.Image.open(CASE / "image.png").size == PIL.Image.open(tmp_path / "reconstruction.png").size
+    )
     sheet = np.asarray(PIL.Image.open(tmp_path / "sheet.png").convert("RGB"))
     assert min(sheet.shape[:2]) > 300 and sheet.std() > 20
     run = json.loads((tmp_path / "run.json").read_text())
@@ -48,7 +59,18 @@ def test_an_inversion_is_made_once_and_used_again(tmp_path, capsys):
 
 
 def test_a_mistake_is_one_line_and_exit_code_one(tmp_path, capsys):
-    bad = ["edit", "--config", str(CASE / "edit.json"), *FAST, "--method", "direct", "--prompt", "a tiger", "--out", str(tmp_path)]
+    bad = [
+        "edit",
+        "--config",
+        str(CASE / "edit.json"),
+        *FAST,
+        "--method",
+        "direct",
+        "--prompt",
+        "a tiger",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(bad) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("mde-edit: 'dog' is not in the prompt 'a tiger'")
@@ -56,7 +78,9 @@ def test_a_mistake_is_one_line_and_exit_code_one(tmp_path, capsys):
 
 
 def test_flags_override_the_config_and_paths_are_relative_to_it(tmp_path):
-    args = read_arguments(["edit", "--config", str(CASE / "edit.json"), "--out", "x", "--guidance-scale", "3", "--object", "dog:1=m.png"])
+    args = read_arguments(
+        ["edit", "--config", str(CASE / "edit.json"), "--out", "x", "--guidance-scale", "3", "--object", "dog:1=m.png"]
+    )
     assert args.guidance_scale == 3 and args.image == str(CASE / "image.png") and args.steps == 50
     assert args.object == {"dog:1": "m.png"} and args.attribute == {"red": str(CASE / "red.png")}
 

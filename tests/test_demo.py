@@ -66,7 +66,9 @@ def test_null_text_reconstructs_within_one_db_of_the_vae_and_direct_exactly(pipe
 def test_guidance_lowers_the_losses_and_pulls_attention_into_the_masks(pipe, name):
     """Against the same edit without guidance: over the guided steps, every edited word attends more inside its mask."""
     case = load_example(name)
-    inversion = pipe.invert(case["image"], case["source_prompt"], 25, method="direct", guidance_scale=case["guidance_scale"])
+    inversion = pipe.invert(
+        case["image"], case["source_prompt"], 25, method="direct", guidance_scale=case["guidance_scale"]
+    )
     edit = {"object_masks": case["object"], "attribute_masks": case["attribute"], "output_attention_maps": True}
     guided = pipe(case["prompt"], inversion, optimization_iterations=5, **edit)
     free = pipe(case["prompt"], inversion, optimization_iterations=0, **edit)
@@ -85,7 +87,9 @@ def test_guidance_lowers_the_losses_and_pulls_attention_into_the_masks(pipe, nam
 def test_the_engine_is_faster_than_the_naive_algorithm(pipe, capsys):
     """The same edit by both, timed; prints what the README quotes."""
     case = load_example("cat_straw_hat")
-    inversion = pipe.invert(case["image"], case["source_prompt"], method="direct", guidance_scale=case["guidance_scale"])
+    inversion = pipe.invert(
+        case["image"], case["source_prompt"], method="direct", guidance_scale=case["guidance_scale"]
+    )
     size = tuple(inversion.latents.shape[-2:])
     layers = attention_layers(pipe.unet, size)
     settings = {
@@ -129,5 +133,8 @@ def test_the_engine_is_faster_than_the_naive_algorithm(pipe, capsys):
     seconds = time.perf_counter() - start
     difference = float((out.images - naive).abs().max())
     with capsys.disabled():
-        print(f"\nnaive {naive_seconds:.1f} s, engine {seconds:.1f} s, {naive_seconds / seconds:.2f}x; max |dz| {difference:.1e}")
+        print(
+            f"\nnaive {naive_seconds:.1f} s, engine {seconds:.1f} s, {naive_seconds / seconds:.2f}x;"
+            f" max |dz| {difference:.1e}"
+        )
     assert naive_seconds > 1.2 * seconds

@@ -13,7 +13,7 @@ from .door_kit import ROOT, clone, run_script
 from .loopback_hub import Hub
 
 
-DOCUMENTS = [name for name in ("README.md", "model_card.md", "docs_doors.md") if (ROOT / name).exists()]
+DOCUMENTS = [name for name in ("README.md", "model_card.md") if (ROOT / name).exists()]
 BLOCK = re.compile(r"^(<!-- not executed: .+ -->\n+)?```(?:python|py)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
 

@@ -59,7 +59,11 @@ def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form):
     assert (out.images - expected).abs().max() < 1e-4
     # The comparison has teeth only if the guidance moved the latents by far more than that.
     plain = pipe(
-        TARGET, inversion, object_masks={"dog": masks[0]}, output_type="latent", **{**SETTINGS, "optimization_iterations": 0}
+        TARGET,
+        inversion,
+        object_masks={"dog": masks[0]},
+        output_type="latent",
+        **{**SETTINGS, "optimization_iterations": 0},
     )
     assert (out.images - plain.images).abs().max() > 1e-2
 
@@ -108,7 +112,12 @@ def test_several_prompts_share_the_source_pass(pipe, inversion, masks):
 
 def test_gradient_checkpointing_changes_nothing(components, inversion, masks, image):
     pipe = make_pipe(components)
-    edit = {"object_masks": {"dog": masks[0]}, "attribute_masks": {"red": masks[1]}, **SETTINGS, "output_type": "latent"}
+    edit = {
+        "object_masks": {"dog": masks[0]},
+        "attribute_masks": {"red": masks[1]},
+        **SETTINGS,
+        "output_type": "latent",
+    }
     plain = pipe(TARGET, inversion, attention_resolution=8, **edit)
     null = pipe.invert(image, SOURCE, num_inference_steps=2, num_inner_steps=2)
     pipe.unet.enable_gradient_checkpointing()

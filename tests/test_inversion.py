@@ -48,7 +48,9 @@ def test_null_text_equals_its_plain_algorithm(pipe, image):
         for _ in range(inner):
             cond = unet(z, t, encoder_hidden_states=cond_embeds).sample.detach()
             uncond = unet(z, t, encoder_hidden_states=null).sample
-            loss = F.mse_loss(scheduler.step(uncond + scale * (cond - uncond), t, z).prev_sample, trajectory[i + 1 : i + 2])
+            loss = F.mse_loss(
+                scheduler.step(uncond + scale * (cond - uncond), t, z).prev_sample, trajectory[i + 1 : i + 2]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -106,7 +108,10 @@ def test_same_prompt_without_losses_is_the_reconstruction(pipe, image, method):
 def test_save_and_load(pipe, image, masks, tmp_path, method):
     inverted = pipe.invert(image, SOURCE, 3, method=method, guidance_scale=2.0, num_inner_steps=1)
     inverted.save(tmp_path / "cat.safetensors")
-    for loaded in (Inversion.load(tmp_path / "cat.safetensors"), pipe.load_inversion(str(tmp_path / "cat.safetensors"))):
+    for loaded in (
+        Inversion.load(tmp_path / "cat.safetensors"),
+        pipe.load_inversion(str(tmp_path / "cat.safetensors")),
+    ):
         for name, value in vars(inverted).items():
             other = getattr(loaded, name)
             assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
@@ -158,7 +163,10 @@ def test_an_inversion_serves_the_same_model_in_another_dtype(components, inversi
         ({"num_inference_steps": 2.5}, "whole number"),
         ({"method": "magic"}, "choose one of 'null_text', 'negative_prompt', 'direct'"),
         ({"guidance_scale": 1.0}, "needs `guidance_scale` > 1"),
+        ({"guidance_scale": 0.5, "method": "direct"}, "`guidance_scale` is 0.5: use a number of at least 1"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
         ({"num_inner_steps": 0}, "`num_inner_steps` is 0"),
+        ({"early_stop_epsilon": -1.0}, "`early_stop_epsilon` is -1.0"),
         ({"image": "cat.png"}, "pass a PIL image"),
         ({"image": None}, "pass a PIL image"),
         ({"image": torch.full((3, 64, 64), float("nan"))}, "not finite"),

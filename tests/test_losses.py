@@ -33,7 +33,9 @@ def half_mask():
 @given(st.integers(0, 10_000), st.sampled_from([0.1, 1.0, 4.0]))
 @settings(max_examples=8, deadline=None)
 def test_gradients_against_finite_differences(seed, scale):
-    logits = (scale * torch.randn(LAYERS, PIXELS, TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    logits = scale * torch.randn(
+        LAYERS, PIXELS, TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     logits.requires_grad_()
     soft = torch.rand(2, PIXELS, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     shared = softmax_maps(seed + 2)[..., :4].sum(-1)
@@ -88,7 +90,7 @@ def test_the_released_programs_softmax_axis_has_no_gradient_and_ours_has():
 
 
 def test_the_object_loss_lives_where_attention_is_diluted():
-    """At p = 1/77 everywhere a clip would have no gradient; inside the mask the loss asks for more, outside for less."""
+    """At p = 1/77 everywhere a clip would have no gradient; here the mask gets more attention and the rest less."""
     attention = torch.full((1, PIXELS), 1 / 77).requires_grad_()
     (grad,) = torch.autograd.grad(object_alignment_loss(attention, half_mask()[None].float()), attention)
     inside = half_mask().bool()
@@ -105,7 +107,9 @@ def test_a_leaking_peak_is_pushed_down():
 
 def test_color_loss_has_no_gradient_outside_its_mask():
     attention = softmax_maps(0)[..., 4].clone().requires_grad_()
-    (grad,) = torch.autograd.grad(color_consistency_loss(attention, softmax_maps(1)[..., :3].sum(-1), half_mask()), attention)
+    (grad,) = torch.autograd.grad(
+        color_consistency_loss(attention, softmax_maps(1)[..., :3].sum(-1), half_mask()), attention
+    )
     inside = half_mask().bool()
     assert (grad[:, inside] < 0).all() and (grad[:, ~inside] == 0).all()
 
@@ -165,7 +169,10 @@ def test_attention_of_zero_or_one_is_finite(value):
 def test_overlapping_objects_pull_to_one_half():
     """Where two masks overlap the tokens compete: with p_1 + p_2 = 1 the balance is at one half."""
     mask = torch.ones(2, PIXELS)
-    losses = [float(object_alignment_loss(torch.stack([torch.full((PIXELS,), p), torch.full((PIXELS,), 1 - p)]), mask)) for p in (0.3, 0.5, 0.7)]
+    losses = [
+        float(object_alignment_loss(torch.stack([torch.full((PIXELS,), p), torch.full((PIXELS,), 1 - p)]), mask))
+        for p in (0.3, 0.5, 0.7)
+    ]
     assert losses[1] < losses[0] and losses[1] < losses[2]
 
 

@@ -39,7 +39,9 @@ def edit(pipe, inversion, masks):
 
 
 def latent_mask(masks, dilation):
-    return dilate_mask(sum(resize_mask(torch.from_numpy(m) > 0, (16, 24)) for m in masks).gt(0).float(), dilation).bool()
+    return dilate_mask(
+        sum(resize_mask(torch.from_numpy(m) > 0, (16, 24)) for m in masks).gt(0).float(), dilation
+    ).bool()
 
 
 # What the result is
@@ -119,7 +121,9 @@ def test_the_loss_history_is_complete(edit):
     assert "ccl" not in edit(attribute_masks=None).losses[0][0]
 
 
-@pytest.mark.parametrize("weights", [{"oal_weight": 0.0, "ccl_weight": 0.0}, {"optimization_iterations": 0}, {"optimization_steps": 0.0}])
+@pytest.mark.parametrize(
+    "weights", [{"oal_weight": 0.0, "ccl_weight": 0.0}, {"optimization_iterations": 0}, {"optimization_steps": 0.0}]
+)
 def test_no_losses_means_no_guidance_passes(edit, pipe, weights):
     with count_unet_calls(pipe.unet) as calls:
         out = edit(**weights)
@@ -172,7 +176,9 @@ def test_occurrences_positions_and_phrases_name_words(edit, masks):
     first = edit(prompt, object_masks={("dog", 0): masks[0]}, attribute_masks=None)
     assert not torch.equal(second.images, first.images)
     phrase = edit("a polar bear", object_masks={"polar bear": masks[0]}, attribute_masks=None)
-    assert torch.equal(phrase.images, edit("a polar bear", object_masks={(2, 3): masks[0]}, attribute_masks=None).images)
+    assert torch.equal(
+        phrase.images, edit("a polar bear", object_masks={(2, 3): masks[0]}, attribute_masks=None).images
+    )
 
 
 def test_a_full_mask_and_a_tiny_one_work(edit):
@@ -225,7 +231,9 @@ def test_recorded_maps_are_probabilities_and_recording_changes_nothing(pipe, inv
 def test_injecting_a_pass_into_itself_changes_nothing(pipe, inversion, record):
     alignment = align_tokens(pipe.tokenizer, SOURCE, SOURCE)
     control = Inject(align_maps(record.cross, alignment), alignment.shared, record.self_qk)
-    assert torch.allclose(run_control(pipe, inversion, control, SOURCE), run_control(pipe, inversion, None, SOURCE), atol=1e-4)
+    assert torch.allclose(
+        run_control(pipe, inversion, control, SOURCE), run_control(pipe, inversion, None, SOURCE), atol=1e-4
+    )
 
 
 def test_injected_maps_are_the_sources_on_shared_words_and_their_own_on_new_ones(pipe, inversion, record):
@@ -325,7 +333,9 @@ def test_bfloat16(components, image, masks, method):
 
 
 @pytest.mark.parametrize(
-    "scheduler", [{"prediction_type": "v_prediction"}, {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}], ids=str
+    "scheduler",
+    [{"prediction_type": "v_prediction"}, {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}],
+    ids=str,
 )
 def test_other_schedulers(components, image, masks, scheduler):
     pipe = make_pipe(components, **scheduler)
@@ -358,7 +368,12 @@ def test_any_size_square_portrait_or_odd(pipe, image, size):
 
 
 def test_invert_and_edit_in_one_call(pipe, inversion, image, masks):
-    edit = {"object_masks": {"dog": masks[0]}, "optimization_iterations": 1, "guidance_scale": 3.0, "output_type": "latent"}
+    edit = {
+        "object_masks": {"dog": masks[0]},
+        "optimization_iterations": 1,
+        "guidance_scale": 3.0,
+        "output_type": "latent",
+    }
     one = pipe(TARGET, image=image, source_prompt=SOURCE, num_inference_steps=5, inversion_method="direct", **edit)
     assert torch.equal(one.images, pipe(TARGET, inversion, **edit).images)
 
@@ -431,7 +446,14 @@ def bad_mask(value=None, shape=(HEIGHT, WIDTH)):
         ({"inversion": None, "image": np.zeros((HEIGHT, WIDTH, 3), np.uint8)}, "`image` needs `source_prompt`"),
         ({"inversion": None, "image": np.full((64, 96, 3), np.nan), "source_prompt": SOURCE}, "not finite"),
         ({"inversion": None, "image": np.zeros((64, 96, 3)), "source_prompt": "cat " * 80}, "has 80 tokens"),
-        ({"inversion": None, "image": np.zeros((64, 96, 3)), "source_prompt": SOURCE, "num_inference_steps": 2000}, "from 1 to 1000"),
+        (
+            {"inversion": None, "image": np.zeros((64, 96, 3)), "source_prompt": SOURCE, "num_inference_steps": 2000},
+            "from 1 to 1000",
+        ),
+        (
+            {"inversion": None, "image": np.zeros((64, 96, 3)), "source_prompt": SOURCE, "num_inference_steps": 0},
+            "is 0: use",
+        ),
         ({"source_prompt": SOURCE}, "an inversion knows its own prompt"),
         ({"attention_resolution": 12}, r"at this image size the U-Net has \[2, 4, 8, 16\]"),
         ({"cross_replace_steps": 1.5}, "`cross_replace_steps` is 1.5: use a number from 0 to 1"),

@@ -39,7 +39,9 @@ def test_case_punctuation_and_spaces_do_not_matter(tokenizer, prompt, word, mark
 def test_a_word_inside_another_is_not_found(tokenizer):
     with pytest.raises(ValueError, match="'cat' is not in the prompt 'a bobcat on grass'"):
         find_token_indices(tokenizer, "a bobcat on grass", "cat")
-    assert find_token_indices(tokenizer, "a bobcat and a cat", "cat") == (len(tokenizer("a bobcat and a").input_ids) - 1,)
+    assert find_token_indices(tokenizer, "a bobcat and a cat", "cat") == (
+        len(tokenizer("a bobcat and a").input_ids) - 1,
+    )
 
 
 def test_phrases_positions_and_words_agree(tokenizer):
