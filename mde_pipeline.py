@@ -318,7 +318,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
     def check_model(self) -> None:
         """Raise `ValueError` for a model, or an add-on to it, that does not take the passes of this method."""
         config = self.unet.config
-        if config.get("encoder_hid_dim_type") is not None:
+        if getattr(self.unet, "encoder_hid_proj", None) is not None:
             raise ValueError(
                 "An IP-Adapter is loaded: call `pipe.unload_ip_adapter()` (a picture has no words to steer)."
             )

@@ -94,12 +94,22 @@ def test_textual_inversion_tokens_are_words(own, run, image, masks, vectors):
     assert close(same, reconstruction)
 
 
-def test_a_loaded_ip_adapter_is_refused(own, image, inversion):
-    own.unet.config["encoder_hid_dim_type"] = "ip_image_proj"  # what `load_ip_adapter` sets
+def test_a_loaded_ip_adapter_is_refused_until_it_is_unloaded(own, image, inversion):
+    """A real one, of the original "ip-adapter_sd15" layout, with weights of zero."""
+    width, layers = own.unet.config.cross_attention_dim, {}
+    for k, name in enumerate(name for name in own.unet.attn_processors if ".attn2." in name):
+        channels = own.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        layers |= {f"{2 * k + 1}.to_{part}_ip.weight": torch.zeros(channels, width) for part in ("k", "v")}
+    projection = {"proj.weight": torch.zeros(4 * width, 8), "proj.bias": torch.zeros(4 * width)}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    weights = {"image_proj": projection, "ip_adapter": layers}
+    own.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
     with pytest.raises(ValueError, match="unload_ip_adapter"):
-        own.invert(image, SOURCE, 2)
+        own.invert(image, SOURCE, num_inference_steps=2)
     with pytest.raises(ValueError, match="unload_ip_adapter"):
         own(TARGET, inversion)
+    own.unload_ip_adapter()
+    assert torch.isfinite(own(TARGET, inversion, output_type="latent").images).all()
 
 
 # Memory and speed

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mde_edit import Inversion
-from mde_edit.inversion import model_fingerprint
+from mde_edit.inversion import gradient, model_fingerprint
 from safetensors.torch import save_file
 
 from .conftest import SOURCE, TARGET, count_unet_calls, make_pipe
@@ -207,3 +207,13 @@ def test_divergence_is_named(pipe, image, monkeypatch):
     monkeypatch.setattr(pipe.unet.conv_out, "forward", lambda x: torch.full((len(x), 4, *x.shape[2:]), float("nan")))
     with pytest.raises(FloatingPointError, match="load it in float32"):
         pipe.invert(image, SOURCE, 2)
+
+
+def test_gradients_survive_a_half_precision_model():
+    """Through fp16 a mean over a latent has gradients below the smallest number: scaled, they come out right."""
+    inputs = torch.linspace(0.5, 1.5, 4096).requires_grad_()
+    slope = torch.tensor(2e-5, dtype=torch.float16)  # a weight on the way back
+    loss = (inputs.half() * slope).float().mean()
+    assert torch.autograd.grad(loss, inputs, retain_graph=True)[0].abs().max() == 0
+    expected = torch.full_like(inputs, float(slope) / 4096)
+    assert torch.allclose(gradient(loss, inputs, torch.float16), expected, rtol=1e-2, atol=0)
