@@ -499,8 +499,9 @@ class MDEEditPipeline(StableDiffusionPipeline):
             early_stop_epsilon,
         )
         pixels = self.prepare_image(image, height, width)
-        trained = self.unet.config.sample_size * self.vae_scale_factor
-        if pixels.shape[-2] * pixels.shape[-1] > 2 * trained**2:
+        sample_size = self.unet.config.sample_size  # a number, (height, width), or not stated
+        if isinstance(sample_size, int) and (pixels.numel() // 3) > 2 * (sample_size * self.vae_scale_factor) ** 2:
+            trained = sample_size * self.vae_scale_factor
             logger.warning(
                 f"The picture is {pixels.shape[-1]}x{pixels.shape[-2]}, the model was trained at {trained}x{trained}:"
                 " expect repeated objects, and memory to match. Pass `height` and `width` to resize it."

@@ -217,3 +217,10 @@ def test_gradients_survive_a_half_precision_model():
     assert torch.autograd.grad(loss, inputs, retain_graph=True)[0].abs().max() == 0
     expected = torch.full_like(inputs, float(slope) / 4096)
     assert torch.allclose(gradient(loss, inputs, torch.float16), expected, rtol=1e-2, atol=0)
+
+
+def test_a_picture_far_larger_than_the_training_size_is_warned_about(pipe, image, caplog):
+    pipe.invert(image, SOURCE, 1, method="direct")
+    assert "was trained at" not in caplog.text
+    pipe.invert(image, SOURCE, 1, method="direct", height=96, width=128)
+    assert "The picture is 128x96, the model was trained at 64x64" in caplog.text
