@@ -197,16 +197,16 @@ def overlay(image: PIL.Image.Image, heat: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.blend(image.convert("L").convert("RGB"), heat_image.resize(image.size, PIL.Image.BICUBIC), 0.65)
 
 
-def draw_sheet(path: Path, source, output, masks: Dict, source_prompt: str, prompt: str) -> None:
+def draw_sheet(path: Path, source, output, masks: Sequence, source_prompt: str, prompt: str) -> None:
     """Everything to look at on one page: pictures, masks, attention before and after guidance, losses.
 
-    masks: key -> (height, width) binary mask, objects then attributes.
+    masks: pairs of key and (height, width) binary mask, objects then attributes.
     """
     from matplotlib.figure import Figure
 
     reconstruction, edited = output.source_images[0], output.images[0]
     pictures = [(source, f"source\n{textwrap.fill(source_prompt, 36)}")]
-    for key, mask in masks.items():
+    for key, mask in masks:
         shape = np.asarray(PIL.Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(source.size)) / 255
         pictures.append((overlay(source, 0.15 + 0.7 * shape), f"mask of {key!r}"))
     pictures += [(reconstruction, "reconstruction"), (edited, f"edit\n{textwrap.fill(prompt, 36)}")]
@@ -284,11 +284,13 @@ def run_edit(args: argparse.Namespace) -> Dict:
     # The picture the latents stand for; without the file, the reconstruction is the best there is.
     source = image.convert("RGB").resize(output.images[0].size) if not args.inversion else output.source_images[0]
     size = tuple(inversion.latents.shape[-2:])
-    binary = {key: as_binary_mask(mask, repr(key), size) for key, mask in {**objects, **attributes}.items()}
+    # pairs, not a dictionary: a word may be an object and an attribute at once
+    given = [*objects.items(), *attributes.items()]
+    binary = [(key, as_binary_mask(mask, repr(key), size)) for key, mask in given]
     draw_sheet(out / "sheet.png", source, output, binary, inversion.prompt, args.prompt)
     height, width = source.size[::-1]
     background, strict = np.ones((height, width), bool), np.ones((height, width), bool)
-    for mask in binary.values():
+    for _, mask in binary:
         background &= (resize_mask(mask, (height, width)) < 0.5).numpy()
         cells = dilate_mask(
             (resize_mask(mask, size) > 0).float(), settings.get("mask_dilation", default_dilation(size))

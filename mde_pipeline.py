@@ -819,7 +819,7 @@ class MDEEditPipeline(StableDiffusionPipeline):
         device = self._execution_device
         inversion = inversion.to(device)
         source_embeds = self.embed(source_prompt)
-        edits = [Edit(**{**vars(edit), "prompt_embeds": self.embed(edit.prompt)}) for edit in edits]
+        edits = [replace(edit, prompt_embeds=self.embed(edit.prompt)) for edit in edits]
 
         # 3. Prepare the schedule of the three mechanisms, in steps
         cross_steps, self_steps = round(cross_replace_steps * steps), round(self_replace_steps * steps)
@@ -887,10 +887,11 @@ class MDEEditPipeline(StableDiffusionPipeline):
                     moved.append(z)
                     if control.captured:
                         after = torch.cat(list(control.captured.values()))
-                        for region in (*edit.objects, *edit.attributes):
-                            both = (after if before is None else before, after)
-                            pair = torch.stack([aggregate_maps(m, region.token_indices) for m in both])
-                            edit_maps.setdefault(region.key, []).append(pair.reshape(2, *loss_size).cpu())
+                        both = (after if before is None else before, after)
+                        # by key: a word may be an object and an attribute at once
+                        for key, indices in {r.key: r.token_indices for r in (*edit.objects, *edit.attributes)}.items():
+                            pair = torch.stack([aggregate_maps(m, indices) for m in both])
+                            edit_maps.setdefault(key, []).append(pair.reshape(2, *loss_size).cpu())
                 latents = torch.cat(moved)
                 if not torch.isfinite(latents).all():
                     raise FloatingPointError(

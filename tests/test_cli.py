@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from mde_edit.cli import main, psnr, read_arguments
+from mde_edit.cli import as_array, main, psnr, read_arguments
 
 
 ROOT = Path(__file__).parent.parent
@@ -36,12 +36,21 @@ def test_edit_writes_its_four_files(tmp_path, capsys):
     assert run["inversion"]["forwards"] == 4 and run["guidance_iterations"] == 2
     assert run["edit"]["forwards"] == 3 + 2 + 4 and run["edit"]["rows"] == 3 + 2 + 8 and run["edit"]["whole"] == 3 + 4
     assert run["settings"]["optimization_iterations"] == 1 and run["settings"]["steps"] == 4
-    x, y = (np.asarray(PIL.Image.open(f).convert("RGB")) / 255 for f in (CASE / "image.png", tmp_path / "edited.png"))
+    x, y = (as_array(PIL.Image.open(f)) for f in (CASE / "image.png", tmp_path / "edited.png"))
     outside = np.ones(x.shape[:2], bool)
     for name in ("dog", "red"):
         outside &= np.asarray(PIL.Image.open(CASE / f"{name}.png")) < 128
     assert run["background_psnr"] == psnr(x, y, outside)
     assert run["background_psnr_strict"] > run["background_psnr"]
+
+
+def test_a_word_with_an_object_and_an_attribute_mask_keeps_both(tmp_path, capsys):
+    masks = ["--object", f"dog={CASE / 'dog.png'}", "--attribute", f"dog={CASE / 'red.png'}"]
+    image = ["--image", str(CASE / "image.png"), "--source-prompt", "a cat", "--prompt", "a dog"]
+    assert main(["edit", *FAST, *image, *masks, "--method", "direct", "--out", str(tmp_path)]) == 0
+    x, y = (as_array(PIL.Image.open(f)) for f in (CASE / "image.png", tmp_path / "edited.png"))
+    outside = np.all([np.asarray(PIL.Image.open(CASE / f"{name}.png")) < 128 for name in ("dog", "red")], axis=0)
+    assert json.loads((tmp_path / "run.json").read_text())["background_psnr"] == psnr(x, y, outside)
 
 
 def test_an_inversion_is_made_once_and_used_again(tmp_path, capsys):

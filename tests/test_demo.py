@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from mde_edit import MDEEditPipeline
 from mde_edit.attention_processors import align_tokens, attention_layers
-from mde_edit.cli import psnr
+from mde_edit.cli import as_array, psnr
 from mde_edit.losses import binarize_mask, dilate_mask, resize_mask
 
 from .oracle import naive_edit
@@ -34,10 +34,6 @@ def load_example(name):
     for kind in ("object", "attribute"):
         case[kind] = {word: PIL.Image.open(folder / path) for word, path in case.get(kind, {}).items()}
     return {**case, "image": PIL.Image.open(folder / "image.png")}
-
-
-def as_array(image):
-    return np.asarray(image.convert("RGB")) / 255
 
 
 def test_stable_diffusion_loads_the_embedded_model_without_our_code():

@@ -165,8 +165,9 @@ def test_two_masks_for_the_same_tokens_are_one_region(edit, masks):
 
 
 def test_an_object_and_an_attribute_may_share_a_word(edit, masks):
-    out = edit(attribute_masks={"dog": masks[0]})
+    out = edit(attribute_masks={"dog": masks[1]}, output_attention_maps=True)
     assert {"oal", "ccl"} <= set(out.losses[0][0])
+    assert {key: tuple(m.shape) for key, m in out.attention_maps[0].items()} == {"dog": (2, 2, 16, 24)}
 
 
 def test_occurrences_positions_and_phrases_name_words(edit, masks):
