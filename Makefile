@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo examples compare train model-report test test-slow test-matrix lint bundle hub clean
+.PHONY: demo examples compare train model-report bench-quick bench bench-tune test test-slow test-matrix lint bundle hub clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -25,6 +25,25 @@ train: $(VENV)/train
 
 model-report: $(VENV)/train
 	$(BIN)/python -m training.report --model train_out/ldm/pipeline --judge train_out/judge --out train_out/report
+
+# emoji-bench; see benchmarks/README.md. METHODS="none both ..." runs some, PROCESSES=2 spreads the cases.
+METHODS ?=
+PROCESSES ?= 1
+RUN = $(BIN)/accelerate launch --num_processes $(PROCESSES) -m benchmarks.run $(if $(METHODS),--methods $(METHODS))
+
+bench-quick: $(VENV)/bench
+	$(BIN)/python -m benchmarks.draw --set quick --out bench_out/quick/cases
+	$(RUN) --cases bench_out/quick/cases --out bench_out/quick/results --steps 20
+	$(BIN)/python -m benchmarks.tables --cases bench_out/quick/cases --results bench_out/quick/results --out bench_out/quick
+
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks.draw --set test --out bench_out/test/cases
+	$(RUN) --cases bench_out/test/cases --out bench_out/test/results
+	$(BIN)/python -m benchmarks.tables --cases bench_out/test/cases --results bench_out/test/results --out bench_out/test
+
+bench-tune: $(VENV)/bench
+	$(BIN)/python -m benchmarks.draw --set dev --out bench_out/dev/cases
+	$(BIN)/python -m benchmarks.tune --cases bench_out/dev/cases --out bench_out/tuning $(if $(METHODS),--methods $(METHODS))
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest
@@ -51,7 +70,7 @@ hub: $(VENV)/demo
 		$(if $(MODEL),--with-model $(MODEL)) $(if $(DRY),--dry-run)
 
 clean:
-	rm -rf $(VENV) $(OUT) train_out build
+	rm -rf $(VENV) $(OUT) train_out bench_out build
 
 # One stamp per extra; torch first, so that nothing else decides which build of it comes.
 $(VENV)/%: pyproject.toml constraints.txt

@@ -1,0 +1,176 @@
+"""Run methods on a set of cases: pictures, figures, seconds and U-Net calls of each, one file per edit.
+
+    python -m benchmarks.run --cases bench_out/test --out bench_out/results --methods none oal ccl both
+    accelerate launch --num_processes 2 --cpu -m benchmarks.run ...
+
+An edit that is already there, with the same settings, is not run again: a broken-off run goes on where it stopped.
+Cases are spread over the processes of `accelerate launch`, if any.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from mde_edit import MDEEditPipeline
+from tqdm import tqdm
+
+from benchmarks.cases import Case, load_cases
+from benchmarks.methods import METHODS
+from benchmarks.metrics import Meter
+from benchmarks.perceptual import STLPIPS
+from training.judge import Judge
+
+
+PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "stlpips-pytorch")
+
+
+@contextlib.contextmanager
+def counted(unet: torch.nn.Module) -> Iterator[dict[str, int]]:
+    """Count the U-Net's calls and the rows of their batches; calls that are cut short count too."""
+    counts = {"unet_calls": 0, "unet_rows": 0}
+
+    def count(module, args, kwargs):
+        sample = args[0] if args else kwargs["sample"]
+        counts["unet_calls"] += 1
+        counts["unet_rows"] += sample.shape[0]
+
+    hook = unet.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+def edit(pipe: MDEEditPipeline, name: str, case: Case, steps: int, seed: int, settings: dict):
+    """One edit by a method: the picture, and its seconds and U-Net calls."""
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    with counted(pipe.unet) as counts:
+        image = METHODS[name](pipe, case, steps, seed, **settings)
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize()
+    return image, {"seconds": time.perf_counter() - start, **counts}
+
+
+def machine(pipe: MDEEditPipeline) -> dict:
+    """What the figures depend on beside the settings."""
+    device = torch.cuda.get_device_name() if pipe.device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def run_case(
+    pipe: MDEEditPipeline, meter: Meter, case: Case, name: str, label: str, settings: dict, args: argparse.Namespace
+) -> bool:
+    """Edit, measure and save, unless that was done before; whether it had to be done."""
+    record = args.out / label / f"{case.name}.json"
+    key = {"method": name, "settings": settings, "steps": args.steps, "seed": args.seed, "model": args.model}
+    if record.is_file():
+        known = json.loads(record.read_text())
+        if {field: known[field] for field in key} == json.loads(json.dumps(key)):
+            return False
+    image, cost = edit(pipe, name, case, args.steps, args.seed, settings)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    image.save(record.with_suffix(".png"))
+    entry = {"case": case.name, "split": case.split, "task": case.task, "label": label, **key, **cost}
+    entry |= {"figures": meter(case, image), "machine": machine(pipe)}
+    record.write_text(json.dumps(entry, indent=1) + "\n")
+    return True
+
+
+def load_meter(judge: str | None, cell: int, device: torch.device) -> Meter:
+    return Meter(STLPIPS(), Judge.load(Path(judge), str(device)) if judge else None, cell=cell)
+
+
+def parse_variant(text: str) -> tuple[str, str, dict]:
+    """ "mde:guidance_scale=3,ccl_form=both" -> label, method, settings that differ from the method's own."""
+    name, _, rest = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}; there are {', '.join(METHODS)}")
+    settings = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals or key not in METHODS[name].settings:
+            raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(METHODS[name].settings) or 'none'}")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return text.replace(":", "__").replace(",", "_"), name, settings
+
+
+def load_pipe(model: str, device: torch.device, dtype: str) -> MDEEditPipeline:
+    pipe = MDEEditPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=Path, required=True, help="folder with cases.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="METHOD[:SETTING=VALUE,...]",
+        help=f"{', '.join(METHODS)} (all)",
+    )
+    parser.add_argument("--model", default="emoji_ldm")
+    parser.add_argument("--judge", default="emoji_judge", help="folder of the judge; '' on pictures it does not know")
+    parser.add_argument("--steps", type=int, default=50, help="of every method (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="only the first cases of each task and split")
+    parser.add_argument("--dtype", default="float32")
+    return parser.parse_args(argv)
+
+
+def limited(cases: list[Case], limit: int | None) -> list[Case]:
+    """The first `limit` cases of each split and task."""
+    if limit is None:
+        return cases
+    taken: dict[tuple[str, str], int] = {}
+    kept = []
+    for case in cases:
+        key = case.split, case.task
+        taken[key] = taken.get(key, 0) + 1
+        if taken[key] <= limit:
+            kept.append(case)
+    return kept
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    variants = [parse_variant(text) for text in args.methods]  # a wrong name is found before anything is loaded
+    cases = limited(load_cases(args.cases), args.limit)
+    state = PartialState()
+    pipe = load_pipe(args.model, state.device, args.dtype)
+    cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    meter = load_meter(args.judge, cell, state.device)
+    # Case by case, not method by method: a run that is broken off has every method at the same number of cases.
+    jobs = [(case, variant) for case in cases for variant in variants]
+    with state.split_between_processes(jobs) as mine:
+        bar = tqdm(mine, f"process {state.process_index}", disable=not state.is_local_main_process)
+        for case, (label, name, settings) in bar:
+            bar.set_postfix_str(f"{label} {case.name}")
+            run_case(pipe, meter, case, name, label, settings, args)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"results of {len(jobs)} edits: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
