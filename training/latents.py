@@ -104,7 +104,9 @@ def main(argv: list[str] | None = None) -> None:
             tokens, named = caption_tokens(tokenizer, scene.caption(phrasing))
             files["tokens"][index, phrasing], files["named"][index, phrasing] = tokens, named
 
-    drawn = render_all(draw, ((args.first + index, size, side) for index in range(count)))
+    # Where the encoder itself needs every core, drawing in other processes halves its rate.
+    workers = 1 if device.type == "cpu" else None
+    drawn = render_all(draw, ((args.first + index, size, side) for index in range(count)), workers)
     bar = tqdm(desc="encoding", total=count, unit=" scenes")
     for first in range(0, count, args.batch):
         pictures, masks = zip(*(next(drawn) for _ in range(min(args.batch, count - first))), strict=True)

@@ -35,12 +35,13 @@ from training.common import (
     to_tensor,
 )
 from training.latents import Latents, shrink
-from training.scenes import Scene
+from training.scenes import WORDS, Scene
 from training.tokenizer import MAX_LENGTH, caption_tokens
 
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 GROUNDING_WEIGHT = 0.02  # of each of the two grounding terms
+GROUNDED_SHARE = 0.25  # of a batch: the maps of all rows would cost a third of the time
 MIN_SNR = 5.0
 PROMPT_DROPOUT = 0.1
 GRID_CAPTIONS = (
@@ -79,6 +80,7 @@ def build(
         cross_attention_dim=width,
         attention_head_dim=4,
         norm_num_groups=16,
+        time_embedding_dim=4 * channels[1],  # as wide as in the model without the outermost level: see `grow`
     )
     text = CLIPTextModel(
         CLIPTextConfig(
@@ -97,14 +99,63 @@ def build(
     return unet, text
 
 
+@torch.no_grad()
+def grow(unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path) -> float:
+    """Start `unet` and `text` from a trained pipeline of half the resolution, as progressive growing does.
+
+    Its levels become the inner ones of `unet`, whose outermost level stays random, as does every weight whose shape
+    the new level changes; a word that both tokenizers hold as one token keeps its embedding.
+
+    Returns:
+        The share of `unet`'s parameters that was taken over.
+    """
+    small = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    source, target = small.state_dict(), unet.state_dict()
+    taken = 0
+    for name, value in source.items():
+        if name.startswith("down_blocks."):
+            _, level, rest = name.split(".", 2)
+            name = f"down_blocks.{int(level) + 1}.{rest}"
+        outer = name.startswith(("conv_in", "conv_out", "conv_norm_out"))
+        if not outer and name in target and target[name].shape == value.shape:
+            target[name].copy_(value)
+            taken += value.numel()
+    # The same embedding of time from half as many sinusoids.
+    times = torch.arange(1000)
+    wide, narrow = (F.pad(model.time_proj(times), (0, 1), value=1.0) for model in (small, unet))
+    wanted = wide @ torch.cat([source["time_embedding.linear_1.weight"].T, source["time_embedding.linear_1.bias"][None]])
+    fitted = torch.linalg.lstsq(narrow, wanted).solution  # (sinusoids + 1, width)
+    unet.time_embedding.linear_1.weight.copy_(fitted[:-1].T)
+    unet.time_embedding.linear_1.bias.copy_(fitted[-1])
+
+    known = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    words = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    source, target = known.state_dict(), text.state_dict()
+    for name, value in source.items():
+        if "position_embedding" in name:
+            target[name][: len(value)].copy_(value)
+        elif "token_embedding" not in name:
+            target[name].copy_(value)
+    old, new = known.get_input_embeddings().weight, text.get_input_embeddings().weight
+    pairs = [(words.bos_token_id, tokenizer.bos_token_id), (words.eos_token_id, tokenizer.eos_token_id)]
+    for word in (*WORDS, ","):
+        pieces = words(word, add_special_tokens=False).input_ids
+        if len(pieces) == 1:
+            pairs.append((pieces[0], tokenizer(word, add_special_tokens=False).input_ids[0]))
+    for before, after in pairs:
+        new[after].copy_(old[before])
+    return taken / sum(parameter.numel() for parameter in unet.parameters())
+
+
 class GroundedAttention:
     """Attention processor that keeps the cross-attention maps, averaged over heads, of one forward pass.
 
-    `maps` is filled with layer name -> (n, pixels, tokens), for layers of at least `min_pixels` pixels.
+    `maps` is filled with layer name -> (rows, pixels, tokens), for layers of at least `min_pixels` pixels and the first
+    `rows` rows of the batch (None: all).
     """
 
-    def __init__(self, name: str, maps: dict[str, torch.Tensor], min_pixels: int) -> None:
-        self.name, self.maps, self.min_pixels = name, maps, min_pixels
+    def __init__(self, name: str, maps: dict[str, torch.Tensor], min_pixels: int, rows: int | None) -> None:
+        self.name, self.maps, self.min_pixels, self.rows = name, maps, min_pixels, rows
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -112,20 +163,24 @@ class GroundedAttention:
             states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for states in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )  # (n, heads, pixels or tokens, channels)
-        if encoder_hidden_states is not None and hidden_states.shape[1] >= self.min_pixels:
-            probabilities = (query @ key.transpose(-1, -2) * attn.scale).float().softmax(-1)
-            self.maps[self.name] = probabilities.mean(1)
-            hidden_states = probabilities.to(value.dtype) @ value
+        recorded = encoder_hidden_states is not None and hidden_states.shape[1] >= self.min_pixels
+        if recorded or hidden_states.device.type == "cpu":  # there the fused kernel's backward pass takes twice as long
+            probabilities = (query @ key.transpose(-1, -2) * attn.scale).softmax(-1)
+            hidden_states = probabilities @ value
+            if recorded:
+                self.maps[self.name] = probabilities[: self.rows].float().mean(1)
         else:
             hidden_states = F.scaled_dot_product_attention(query, key, value)
         return attn.to_out[1](attn.to_out[0](hidden_states.transpose(1, 2).flatten(-2)))
 
 
-def record_attention(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+def record_attention(unet: UNet2DConditionModel, rows: int | None = None) -> dict[str, torch.Tensor]:
     """Make `unet` keep its cross-attention maps in the returned dict, anew in every forward pass."""
     maps: dict[str, torch.Tensor] = {}
     lowest = unet.config.sample_size // 2 ** (len(unet.config.block_out_channels) - 1)
-    unet.set_attn_processor({name: GroundedAttention(name, maps, (2 * lowest) ** 2) for name in unet.attn_processors})
+    unet.set_attn_processor(
+        {name: GroundedAttention(name, maps, (2 * lowest) ** 2, rows) for name in unet.attn_processors}
+    )
     return maps
 
 
@@ -263,6 +318,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae", type=Path, default=Path("train_out/vae"))
     parser.add_argument("--latents", type=Path, default=Path("train_out/latents"))
     parser.add_argument("--channels", type=int, nargs="+", default=(32, 64, 128, 192))
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--grow", type=Path, help="pipeline of half the resolution whose levels become the inner ones")
+    start.add_argument("--init", type=Path, help="pipeline of the same shape to train on, with a new schedule")
     parser.add_argument("--save-every", type=float, default=600, help="seconds between checkpoints (%(default)s)")
     parser.add_argument("--grid", type=int, default=len(GRID_CAPTIONS), help="pictures in the sample grid")
     args = parser.parse_args(argv)
@@ -273,6 +331,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.latents / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.vae).to(device).requires_grad_(False).eval()
     unet, text = build(len(tokenizer), data.moments.shape[-1], tuple(args.channels))
+    if args.init and not args.resume:
+        if CLIPTokenizer.from_pretrained(args.init, subfolder="tokenizer").get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"{args.init} has another vocabulary than {args.latents}: its words would change meaning")
+        unet = UNet2DConditionModel.from_pretrained(args.init, subfolder="unet").train()
+        text = CLIPTextModel.from_pretrained(args.init, subfolder="text_encoder").train()
+    if args.grow and not args.resume:
+        tqdm.write(f"{100 * grow(unet, text, tokenizer, args.grow):.0f} % of the U-Net taken from {args.grow}")
     unet, text = unet.to(device, memory_format=torch.channels_last), text.to(device)
     averages = copy.deepcopy(unet), copy.deepcopy(text)
     emas = [Ema(module, average) for module, average in zip((unet, text), averages, strict=True)]
@@ -288,7 +353,8 @@ def main(argv: list[str] | None = None) -> None:
         budget.load_state_dict(state["budget"])
         step = state["step"]
         torch.manual_seed(args.seed + step)
-    maps = record_attention(unet)
+    grounded = max(1, int(args.batch * GROUNDED_SHARE))
+    maps = record_attention(unet, grounded)
     denoise = torch.compile(unet) if device.type == "cuda" else unet
 
     noising = DDPMScheduler(**SCHEDULE)
@@ -338,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
             predicted = denoise(noisy, timesteps, encoder_hidden_states=text(tokens).last_hidden_state).sample
         weight = snr[timesteps].clamp(max=MIN_SNR) / snr[timesteps]
         denoising = (weight * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
-        token_term, pixel_term = grounding_losses(maps, masks)
+        token_term, pixel_term = grounding_losses(maps, masks[:grounded])
         loss = denoising + GROUNDING_WEIGHT * (token_term + pixel_term)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

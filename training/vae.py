@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--crop", type=int, default=64, help="side of the crops of the first part (%(default)s)")
     parser.add_argument("--channels", type=int, nargs="+", default=(16, 32, 64))
     parser.add_argument("--init", type=Path, help="autoencoder to start from instead of random weights")
+    parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone: latents stay as they are")
     parser.add_argument("--measured", type=int, default=64, help="held-out scenes to measure on (%(default)s)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
@@ -144,7 +145,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         vae = build(tuple(args.channels), sample_size=args.size)
     vae = vae.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
+    if args.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
     budget, step = Budget(args.seconds, args.samples), 0
     checkpoint = args.out / "checkpoint.pt"
     if args.resume:
@@ -188,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         loss = rebuilt + KL_WEIGHT * divergence
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         step += 1
         budget.count(count)
@@ -209,10 +214,11 @@ def main(argv: list[str] | None = None) -> None:
             grid(to_images(shown), 8).save(args.out / "roundtrip.png")
     bar.close()
 
-    with torch.no_grad():
-        images = to_tensor(np.stack([scene_image((scene, args.size)) for scene in validation]), device)
-        deviation = vae.encode(images).latent_dist.sample().std().item()
-    vae.register_to_config(scaling_factor=1 / deviation)
+    if not args.freeze_encoder:
+        with torch.no_grad():
+            images = to_tensor(np.stack([scene_image((scene, args.size)) for scene in validation]), device)
+            deviation = vae.encode(images).latent_dist.sample().std().item()
+        vae.register_to_config(scaling_factor=1 / deviation)
     vae.save_pretrained(args.out)
 
 
