@@ -2,14 +2,16 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from training import judge, latents, report, scenes, unet, vae
 from training.common import held_out_scenes
@@ -222,6 +224,38 @@ def test_the_exported_folder_is_a_stable_diffusion_pipeline(stages):
     assert images.shape == (1, 32, 32, 3) and np.isfinite(images).all()
     with safe_open(stages / "ldm" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+
+
+def test_a_unet_trained_on_starts_where_the_other_ended(stages, tmp_path):
+    folders = ["--vae", str(stages / "vae"), "--latents", str(stages / "latents"), "--out", str(tmp_path)]
+    start = stages / "ldm" / "pipeline"
+    still = ["--device", "cpu", "--batch", "2", "--samples", "2", "--grid", "1", "--rate", "0"]
+    unet.main([*folders, "--init", str(start), *still])
+    for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        before, after = (load_file(root / part / f"{file}.safetensors") for root in (start, tmp_path / "pipeline"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    other = tmp_path / "other"
+    shutil.copytree(start, other)
+    vocabulary = json.loads((other / "tokenizer" / "vocab.json").read_text())
+    words = [token for token in vocabulary if token.endswith("</w>")][-2:]
+    vocabulary[words[0]], vocabulary[words[1]] = vocabulary[words[1]], vocabulary[words[0]]
+    (other / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        unet.main([*folders, "--init", str(other), *still])
+
+
+def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(stages, tmp_path):
+    small = ["--size", "32", "--crop", "16", "--pictures", "8", "--measured", "8", "--batch", "4", "--device", "cpu"]
+    vae.main(["--out", str(tmp_path), "--init", str(stages / "vae"), "--freeze-encoder", "--samples", "8", *small])
+    before, after = (AutoencoderKL.from_pretrained(folder) for folder in (stages / "vae", tmp_path))
+    assert before.config.scaling_factor == after.config.scaling_factor
+    changed = {
+        name.split(".")[0]
+        for (name, one), other in zip(before.state_dict().items(), after.state_dict().values(), strict=True)
+        if not torch.equal(one, other)
+    }
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_localisation_leaves_the_unet_as_it_was(stages):

@@ -212,7 +212,8 @@ def image_features(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    ids = tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+    # The pooled token is the end of the text, which sees nothing after it: padding need only even out the batch.
+    ids = tokenizer(texts, padding=True, max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
     pooled = model.text_model(input_ids=ids.input_ids.to(model.device)).pooler_output
     return F.normalize(model.text_projection(pooled).float(), dim=-1)
 
@@ -256,6 +257,8 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(args.out)
     model = build(len(tokenizer)).to(device).train()
+    if device.type == "cpu":  # the fused kernel's bf16 backward pass takes twice as long there
+        model.set_attn_implementation("eager")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02, betas=(0.9, 0.98), fused=True)
     budget, step = Budget(args.seconds, args.samples), 0
     checkpoint = args.out / "checkpoint.pt"
@@ -291,10 +294,10 @@ def main(argv: list[str] | None = None) -> None:
                 for index in textured
                 for prompt in texture_prompts(list(COLORS)[color[index]], KINDS[kind[index]])
             ]
-            every_text = [texts[index] for index in chosen] + [*KIND_PROMPTS, *every_color, *texture_texts]
-            embedded = text_features(model, tokenizer, every_text)
-            captions, kind_rows, color_rows, texture_rows = embedded.split(
-                (args.batch, len(KIND_PROMPTS), len(every_color), len(texture_texts))
+            captions = text_features(model, tokenizer, [texts[index] for index in chosen])
+            embedded = text_features(model, tokenizer, [*KIND_PROMPTS, *every_color, *texture_texts])
+            kind_rows, color_rows, texture_rows = embedded.split(
+                (len(KIND_PROMPTS), len(every_color), len(texture_texts))
             )
         scale = model.logit_scale.exp().clamp(max=100)
         same = (same_text[own][:, None] == same_text[own]).float()
