@@ -23,8 +23,9 @@ train: $(VENV)/train
 	$(BIN)/python -m training.unet --vae train_out/vae --latents train_out/latents --out train_out/ldm
 	$(BIN)/python -m training.judge --out train_out/judge
 
+# [MODEL=train_out/ldm/pipeline] [JUDGE=train_out/judge]: the shipped ones by default.
 model-report: $(VENV)/train
-	$(BIN)/python -m training.report --model train_out/ldm/pipeline --judge train_out/judge --out train_out/report
+	$(BIN)/python -m training.report --model $(or $(MODEL),emoji_ldm) --judge $(or $(JUDGE),emoji_judge) --out train_out/report
 
 # emoji-bench; see benchmarks/README.md. METHODS="none both ..." runs some, PROCESSES=2 spreads the cases.
 METHODS ?=

@@ -23,7 +23,7 @@ from diffusers.utils import load_image
 from .bundle import self_contained_source
 from .inversion import INVERSION_METHODS, Inversion
 from .losses import dilate_mask, resize_mask
-from .mde_pipeline import CCL_FORMS, MDEEditPipeline, as_binary_mask, default_dilation
+from .mde_pipeline import CCL_FORMS, PRESETS, MDEEditPipeline, as_binary_mask, default_dilation
 from .publish import files_to_push, push
 
 
@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     edit.add_argument("--inversion", help="file from `mde-edit invert`, instead of --image and --source-prompt")
     edit.add_argument("--seed", type=int, help="of the noise that --eta adds")
+    edit.add_argument("--preset", choices=PRESETS, help="named settings, which flags and the config override")
     bundle = commands.add_parser("bundle", help="write the pipeline as one self-contained file")
     bundle.add_argument("--out", required=True, help="the file to write; diffusers finds it by its name, mde_edit.py")
     hub = commands.add_parser("push", help="upload the pipeline's code and card to the Hugging Face Hub")
@@ -260,7 +261,8 @@ def run_edit(args: argparse.Namespace) -> Dict:
         {mask_key(word): PIL.Image.open(path) for word, path in (given or {}).items()}
         for given in (args.object, args.attribute)
     )
-    settings = {name: getattr(args, name) for name in EDIT_SETTINGS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in EDIT_SETTINGS if getattr(args, name) is not None}
+    settings = {**PRESETS.get(args.preset, {}), **given}
     if args.inversion:
         inversion, inverted = Inversion.load(args.inversion), None
     else:

@@ -67,6 +67,22 @@ def test_an_inversion_is_made_once_and_used_again(tmp_path, capsys):
     assert json.loads((tmp_path / "again" / "run.json").read_text())["inversion"] is None
 
 
+def test_a_preset_is_overridden_by_flags(tmp_path, capsys):
+    edit = ["edit", "--config", str(CASE / "edit.json"), *FAST, "--method", "direct"]
+    variants = {
+        "preset": ["--preset", "released"],
+        "spelled_out": ["--oal-weight", "0", "--ccl-form", "spatial_ratio", "--ccl-weight", "1.5"],
+        "overridden": ["--preset", "released", "--ccl-weight", "0"],
+    }
+    for name, flags in variants.items():
+        assert main([*edit, *flags, "--out", str(tmp_path / name)]) == 0
+    last = {name: json.loads((tmp_path / name / "run.json").read_text())["losses"][-1:] for name in variants}
+    assert last["preset"][0]["capped"] == 0 and "oal" not in last["preset"][0]
+    assert last["preset"][0]["loss"] == pytest.approx(1.5 * last["preset"][0]["ccl"])
+    assert last["spelled_out"][0]["capped"] > 0  # the preset takes the cap away as well
+    assert last["overridden"] == []
+
+
 def test_a_mistake_is_one_line_and_exit_code_one(tmp_path, capsys):
     bad = [
         "edit",

@@ -16,7 +16,7 @@ from mde_edit.attention_processors import (
     attention_layers,
 )
 from mde_edit.losses import dilate_mask, resize_mask
-from mde_edit.mde_pipeline import default_dilation
+from mde_edit.mde_pipeline import PRESETS, default_dilation
 
 from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe
 
@@ -94,6 +94,12 @@ def test_every_parameter_changes_the_result(edit, change):
     iterations = {"optimization_iterations": 3} if "optimization_tolerance" in change else {}
     difference = (edit(**iterations).images - edit(**{**iterations, **change}).images).abs().max()
     assert difference > 1e-4
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_an_edit_of_its_own(edit, name):
+    preset = PRESETS[name]
+    assert (edit().images - edit(**preset).images).abs().max() > 1e-4
 
 
 def test_noise_comes_from_the_generator(edit):

@@ -190,7 +190,7 @@ def stages(tmp_path_factory):
     latents.main(["--vae", str(out / "vae"), "--out", str(out / "latents"), "--scenes", "12", *tiny])
     for more in (["--samples", "8"], ["--samples", "16", "--resume"]):
         folders = ["--vae", str(out / "vae"), "--latents", str(out / "latents"), "--out", str(out / "ldm")]
-        unet.main([*folders, "--channels", "16", "16", "16", "16", "--grid", "2", *tiny, *more])
+        unet.main([*folders, "--channels", "32", "32", "32", "32", "--grid", "2", *tiny, *more])
     return out
 
 
@@ -294,7 +294,9 @@ def test_a_picture_is_judged_object_by_object(judged):
 
 def test_the_report_measures_the_exported_folder_and_leaves_out_a_bad_judge(stages, judged, tmp_path, capsys):
     model = str(stages / "ldm" / "pipeline")
-    report.main(["--model", model, "--judge", str(judged), "--out", str(tmp_path), "--steps", "2"])
+    report.main(
+        ["--model", model, "--judge", str(judged), "--out", str(tmp_path), "--steps", "2", "--inversion-steps", "2"]
+    )
     table = capsys.readouterr().out
     assert "VAE round trip PSNR" in table and "judge's own accuracy" in table and "present, one" not in table
     assert (tmp_path / "report.md").read_text().strip() == table.strip()

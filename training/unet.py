@@ -123,7 +123,9 @@ def grow(unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CLIPTokeniz
     # The same embedding of time from half as many sinusoids.
     times = torch.arange(1000)
     wide, narrow = (F.pad(model.time_proj(times), (0, 1), value=1.0) for model in (small, unet))
-    wanted = wide @ torch.cat([source["time_embedding.linear_1.weight"].T, source["time_embedding.linear_1.bias"][None]])
+    wanted = wide @ torch.cat(
+        [source["time_embedding.linear_1.weight"].T, source["time_embedding.linear_1.bias"][None]]
+    )
     fitted = torch.linalg.lstsq(narrow, wanted).solution  # (sinusoids + 1, width)
     unet.time_embedding.linear_1.weight.copy_(fitted[:-1].T)
     unet.time_embedding.linear_1.bias.copy_(fitted[-1])

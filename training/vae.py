@@ -132,7 +132,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--crop", type=int, default=64, help="side of the crops of the first part (%(default)s)")
     parser.add_argument("--channels", type=int, nargs="+", default=(16, 32, 64))
     parser.add_argument("--init", type=Path, help="autoencoder to start from instead of random weights")
-    parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone: latents stay as they are")
+    parser.add_argument(
+        "--freeze-encoder", action="store_true", help="train the decoder alone: latents stay as they are"
+    )
     parser.add_argument("--measured", type=int, default=64, help="held-out scenes to measure on (%(default)s)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
