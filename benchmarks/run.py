@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import platform
+import re
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -101,7 +102,7 @@ def parse_variant(text: str) -> tuple[str, str, dict]:
     if name not in METHODS:
         raise ValueError(f"no method {name!r}; there are {', '.join(METHODS)}")
     settings = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, re.split(r",(?![^\[]*\])", rest)):  # not at the commas of a list
         key, equals, value = pair.partition("=")
         if not equals or key not in METHODS[name].settings:
             raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(METHODS[name].settings) or 'none'}")

@@ -352,6 +352,12 @@ def test_unknown_methods_and_settings_are_named(text, message):
         method(None, None, 1, 0, x=1)
 
 
+def test_a_variant_may_hold_a_list():
+    label, name, settings = run.parse_variant("guide_and_rescale:ratio=[0.2,0.5],guidance_scale=4")
+    assert (name, settings) == ("guide_and_rescale", {"ratio": [0.2, 0.5], "guidance_scale": 4})
+    assert "/" not in label
+
+
 def test_two_processes_give_the_table_of_one(tmp_path):
     """`accelerate launch` with two CPU processes: the same results, file by file."""
     cases = tmp_path / "cases"

@@ -154,6 +154,8 @@ def outside_error(images: list[Image.Image], source: Image.Image, mask: np.ndarr
 
 @lru_cache(maxsize=1)
 def load_judge(folder: str, device: str) -> Judge:
+    if not Path(folder).is_dir():
+        raise ValueError(f"no judge in {folder!r}: train one (`make train`), or set `judge` to null for a fixed depth")
     return Judge.load(Path(folder), device)
 
 
@@ -188,7 +190,8 @@ def run(
         reinversion: steps of the inversion that follows, as a share of them.
         search_every: how far apart the depths tried are, from the deepest on.
         judge: folder of the judge that scores the depths.
-        fixed_depth: every object's depth, as a share of the steps, if there is no such folder.
+            None: no search, as for pictures that it does not know.
+        fixed_depth: every object's depth without a search, as a share of the steps.
     """
     scheduler = pipe.ddim_scheduler(steps)
     inversion = pipe.invert(case.image, case.source_prompt, steps, method="direct", guidance_scale=1.0)
@@ -196,7 +199,7 @@ def run(
     source_embeds = pipe.embed(case.source_prompt)
     common = max(1, round(reassembly * steps))
     similarity, depths = None, [max(common, round(fixed_depth * steps))]
-    if judge is not None and Path(judge).is_dir():
+    if judge is not None:
         similarity = judge_similarity(load_judge(judge, str(pipe.device)))
         depths = list(range(steps, common - 1, -search_every))
 
