@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo examples compare train model-report bench-quick bench bench-tune test test-slow test-matrix lint bundle hub clean
+.PHONY: demo examples train model-report bench-quick bench bench-tune test test-slow test-matrix lint bundle hub clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -12,9 +12,6 @@ demo: $(VENV)/demo
 
 examples: $(VENV)/demo
 	for case in examples/*/; do $(BIN)/mde-edit edit --config $$case/edit.json --out $$case || exit 1; done
-
-compare: $(VENV)/demo
-	$(BIN)/python -m examples.compare
 
 # The embedded model's training, stage by stage; see training/README.md.
 train: $(VENV)/train
@@ -27,10 +24,16 @@ train: $(VENV)/train
 model-report: $(VENV)/train
 	$(BIN)/python -m training.report --model $(or $(MODEL),emoji_ldm) --judge $(or $(JUDGE),emoji_judge) --out train_out/report
 
-# emoji-bench; see benchmarks/README.md. METHODS="none both ..." runs some, PROCESSES=2 spreads the cases.
+# emoji-bench; see benchmarks/README.md. METHODS="none both ..." runs some, LIMIT=3 the first cases of each task and split,
+# PROCESSES=2 spreads the cases.
 METHODS ?=
+STEPS ?= 50
+LIMIT ?=
 PROCESSES ?= 1
-RUN = $(BIN)/accelerate launch --num_processes $(PROCESSES) -m benchmarks.run $(if $(METHODS),--methods $(METHODS))
+# On a CPU `accelerate` starts one process only, unless told that it is one.
+ON_CPU := $(shell command -v nvidia-smi > /dev/null || echo --cpu)
+RUN = $(BIN)/accelerate launch $(ON_CPU) --num_machines 1 --num_processes $(PROCESSES) --mixed_precision no \
+	--dynamo_backend no -m benchmarks.run $(if $(METHODS),--methods $(METHODS)) $(if $(LIMIT),--limit $(LIMIT))
 
 bench-quick: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set quick --out bench_out/quick/cases
@@ -39,12 +42,13 @@ bench-quick: $(VENV)/bench
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set test --out bench_out/test/cases
-	$(RUN) --cases bench_out/test/cases --out bench_out/test/results
+	$(RUN) --cases bench_out/test/cases --out bench_out/test/results --steps $(STEPS)
 	$(BIN)/python -m benchmarks.tables --cases bench_out/test/cases --results bench_out/test/results --out bench_out/test
 
 bench-tune: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set dev --out bench_out/dev/cases
-	$(BIN)/python -m benchmarks.tune --cases bench_out/dev/cases --out bench_out/tuning $(if $(METHODS),--methods $(METHODS))
+	$(BIN)/python -m benchmarks.tune --cases bench_out/dev/cases --out bench_out/tuning --steps $(STEPS) \
+		$(if $(METHODS),--methods $(METHODS)) $(if $(LIMIT),--limit $(LIMIT))
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest

@@ -34,7 +34,6 @@ from training.common import (
 
 
 KL_WEIGHT = 2e-3
-COMPOSITES = 0.4  # share of a batch
 
 
 def build(channels: tuple[int, ...] = (16, 32, 64), groups: int = 1, sample_size: int = 128) -> AutoencoderKL:
@@ -135,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--freeze-encoder", action="store_true", help="train the decoder alone: latents stay as they are"
     )
+    parser.add_argument("--composites", type=float, default=0.4, help="share of a batch (%(default)s)")
     parser.add_argument("--measured", type=int, default=64, help="held-out scenes to measure on (%(default)s)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         with autocast(device):
             posterior = encode(images).latent_dist
             latents = posterior.sample()
-            mixed = max(2, int(count * COMPOSITES))
+            mixed = max(2, int(count * args.composites))
             masks = random_masks(mixed, latents.shape[-1]).to(device)
             gain = torch.where(torch.rand(mixed, 1, 1, 1) < 0.5, 1.0, 0.3 + 2 * torch.rand(mixed, 1, 1, 1)).to(device)
             parts = composites(latents[:mixed].float(), images[:mixed], masks, gain)

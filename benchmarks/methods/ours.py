@@ -54,10 +54,10 @@ def copy(pipe: MDEEditPipeline, case: Case, steps: int, seed: int) -> Image.Imag
 DIRECT = {"inversion": "direct", "guidance_scale": 2.5}
 SHARED = {**DIRECT, "oal_weight": 1.0, "ccl_weight": 0.3, "optimization_iterations": 5}
 KNOBS = {
-    "inversion": ("direct", "negative_prompt", "null_text"),
-    "guidance_scale": (1.5, 2.5, 4.0, 6.0),
-    "cross_replace_steps": (0.4, 0.6, 0.8),
-    "self_replace_steps": (0.2, 0.35, 0.5),
+    "inversion": ("direct", "null_text"),
+    "guidance_scale": (1.5, 2.5, 4.0),
+    "cross_replace_steps": (0.6, 0.8),
+    "self_replace_steps": (0.2, 0.5),
 }
 OPTIONS = {
     "cross_replace_steps": 0.8,
@@ -84,15 +84,11 @@ METHODS = {
         "this project's defaults, at the embedded model's guidance scale and iterations",
         {**SHARED, **OPTIONS},
         {
-            **KNOBS,
-            "oal_weight": (0.5, 1.0, 2.0),
-            "ccl_weight": (0.0, 0.3, 1.25),
-            "ccl_form": ("both", "spatial_ratio", "token_ratio"),
-            "optimization_iterations": (2, 5, 15),
-            "optimization_steps": (0.2, 0.4, 0.6),
-            "max_update": (0.01, 0.02, 0.05),
-            "mask_dilation": (0, 1),
-            "background_blend": (0.3, 0.6),
+            "guidance_scale": (2.5, 4.0, 6.0),
+            "cross_replace_steps": (0.6, 0.8),
+            "self_replace_steps": (0.2, 0.5),
+            "ccl_weight": (0.3, 1.25),
+            "background_blend": (0.3, 0.6, 1.0),
         },
     ),
     "mde_paper": Method(
@@ -147,7 +143,7 @@ METHODS = {
             "oal_weight": 0.0,
             "ccl_weight": 0.0,
         },
-        KNOBS,
+        {**KNOBS, "background_blend": (0.3, 0.6, 1.0)},
     ),
     "p2p": Method(
         prompt_to_prompt,
