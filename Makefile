@@ -30,10 +30,8 @@ METHODS ?=
 STEPS ?= 50
 LIMIT ?=
 PROCESSES ?= 1
-# On a CPU `accelerate` starts one process only, unless told that it is one.
-ON_CPU := $(shell command -v nvidia-smi > /dev/null || echo --cpu)
-RUN = $(BIN)/accelerate launch $(ON_CPU) --num_machines 1 --num_processes $(PROCESSES) --mixed_precision no \
-	--dynamo_backend no -m benchmarks.run $(if $(METHODS),--methods $(METHODS)) $(if $(LIMIT),--limit $(LIMIT))
+RUN = $(BIN)/torchrun --nproc_per_node $(PROCESSES) -m benchmarks.run $(if $(METHODS),--methods $(METHODS)) \
+	$(if $(LIMIT),--limit $(LIMIT))
 
 bench-quick: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set quick --out bench_out/quick/cases

@@ -65,8 +65,8 @@ PRESETS: Dict[str, Dict[str, Any]] = {
     "paper": {"ccl_form": "token_ratio", "ccl_weight": 1.25, "max_update": None},
     # What the official code computes: an object loss without gradient, the spatial ratio at its hard-coded weight.
     "released": {"oal_weight": 0.0, "ccl_form": "spatial_ratio", "ccl_weight": 1.5, "max_update": None},
-    # Where more iterations stopped to pay in emoji-bench.
-    "fast": {"optimization_iterations": 3},
+    # Where more iterations hardly paid in emoji-bench (benchmarks/tuning.md); goes well with a "direct" inversion.
+    "fast": {"optimization_iterations": 2},
 }
 # Arguments of `StableDiffusionPipeline.__call__` that mean nothing here: why, and what to do instead.
 REFUSED = {

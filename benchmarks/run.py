@@ -1,10 +1,10 @@
 """Run methods on a set of cases: pictures, figures, seconds and U-Net calls of each, one file per edit.
 
     python -m benchmarks.run --cases bench_out/test --out bench_out/results --methods none oal ccl both
-    accelerate launch --num_processes 2 --cpu -m benchmarks.run ...
+    torchrun --nproc_per_node 2 -m benchmarks.run ...
 
 An edit that is already there, with the same settings, is not run again: a broken-off run goes on where it stopped.
-Cases are spread over the processes of `accelerate launch`, if any.
+Cases are spread over the processes of `torchrun` (or, on GPUs, `accelerate launch`), if any.
 """
 
 import argparse
@@ -67,6 +67,7 @@ def machine(pipe: MDEEditPipeline) -> dict:
     return {
         "device": device,
         "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     variants = [parse_variant(text) for text in args.methods]  # a wrong name is found before anything is loaded
     cases = limited(load_cases(args.cases), args.limit)
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # several processes on a CPU, only if told so
     pipe = load_pipe(args.model, state.device, args.dtype)
     cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     meter = load_meter(args.judge, cell, state.device)

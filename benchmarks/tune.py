@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="only the first cases of each task and split")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args(argv)
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     pipe = load_pipe(args.model, state.device, args.dtype)
     meter = load_meter(args.judge, 2 ** (len(pipe.vae.config.block_out_channels) - 1), state.device)
     cases = limited(load_cases(args.cases), args.limit)

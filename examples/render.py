@@ -10,16 +10,23 @@ import PIL.Image
 from training.scenes import Scene
 
 
-SIZE = 64  # what the embedded model was trained at
+SIZE = 128  # what the embedded model was trained at
 
 # folder: objects, background, seed, {object index: what it becomes}, masked object words and attribute words by index
 EXAMPLES = {
     "cat_straw_hat": (("cat", "straw hat"), "", 1, {0: "dog", 1: "red hat"}, {"dog": 0}, {"red": 1}),
-    "cat_and_dog": (("cat", "dog"), "", 5, {0: "dog", 1: "tiger"}, {"dog": 0, "tiger": 1}, {}),
-    "ball_and_cat": (("orange ball", "cat"), "", 2, {0: "blue ball", 1: "panda"}, {"panda": 1}, {"blue": 0}),
+    "cat_and_dog": (("cat", "dog"), "on grass", 5, {0: "dog", 1: "tiger"}, {"dog": 0, "tiger": 1}, {}),
+    "ball_and_cat": (
+        ("orange ball", "cat"),
+        "at the beach",
+        2,
+        {0: "blue ball", 1: "panda"},
+        {"panda": 1},
+        {"blue": 0},
+    ),
     "two_hats": (
         ("fox", "yellow cap", "dog", "purple hat"),
-        "",
+        "in the snow",
         4,
         {0: "pig", 1: "green cap", 3: "blue hat"},
         {"pig": 0},

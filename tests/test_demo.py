@@ -56,7 +56,9 @@ def test_null_text_reconstructs_within_one_db_of_the_vae_and_direct_exactly(pipe
     pixels = pipe.image_processor.preprocess(case["image"].convert("RGB"))
     latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
     floor = psnr(source, as_array(pipe.decode(latents, "pil")[0][0]))
-    null_text = pipe.invert(case["image"], case["source_prompt"], guidance_scale=case["guidance_scale"])
+    # The default stops each step at 1e-5, which on this picture is where the decibel ends (33.4 of 34.5 dB).
+    exact = {"guidance_scale": case["guidance_scale"], "early_stop_epsilon": 3e-6}
+    null_text = pipe.invert(case["image"], case["source_prompt"], **exact)
     assert psnr(source, as_array(pipe.decode(null_text.latents[-1:], "pil")[0][0])) > floor - 1
     direct = pipe.invert(case["image"], case["source_prompt"], method="direct")
     assert torch.allclose(direct.latents[-1:], latents, atol=1e-6)

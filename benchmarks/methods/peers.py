@@ -161,21 +161,21 @@ METHODS = {
         sdedit,
         "prompt",
         "SDEdit (Meng et al., ICLR 2022) in latent space, with DDIM steps",
-        {"strength": 0.6, "guidance_scale": 4.0},
+        {"strength": 0.7, "guidance_scale": 7.5},
         {"strength": (0.4, 0.5, 0.6, 0.7, 0.8), "guidance_scale": SCALES},
     ),
     "inpaint": Method(
         inpaint,
         "masks",
         "Blended Latent Diffusion (Avrahami et al., SIGGRAPH 2023) without its fine-tuned decoder, on the union mask",
-        {"strength": 1.0, "guidance_scale": 4.0},
+        {"strength": 0.9, "guidance_scale": 7.5},
         {"strength": (0.6, 0.75, 0.9, 1.0), "guidance_scale": SCALES},
     ),
     "diffedit": Method(
         diffedit,
         "masks",
         "DiffEdit (Couairon et al., ICLR 2023) with the given union mask in place of its own",
-        {"inpaint_strength": 0.8, "guidance_scale": 4.0, "source_guidance_scale": 1.0},
+        {"inpaint_strength": 0.7, "guidance_scale": 1.5, "source_guidance_scale": 1.5},
         {"inpaint_strength": (0.5, 0.7, 0.8, 1.0), "guidance_scale": SCALES, "source_guidance_scale": (1.0, 1.5, 2.5)},
     ),
     "ledits_pp": Method(
@@ -201,7 +201,7 @@ METHODS = {
         cycle_diffusion,
         "prompt",
         "CycleDiffusion (Wu and De la Torre, ICCV 2023), as published",
-        {"strength": 0.8, "guidance_scale": 3.0, "source_guidance_scale": 1.0, "eta": 0.1},
+        {"strength": 0.9, "guidance_scale": 2.5, "source_guidance_scale": 1.0, "eta": 0.5},
         {
             "strength": (0.6, 0.7, 0.8, 0.9),
             "guidance_scale": SCALES,
