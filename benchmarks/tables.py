@@ -37,6 +37,7 @@ COLUMNS = {  # figure -> heading, digits, factor
     "seconds": ("s", 1, 1),
     "unet_calls": ("U-Net calls", 0, 1),
 }
+REFERENCE = "mde"  # the method that the others are compared with, case by case
 GROUPS = {"floor": "what the model allows", "masks": "given the masks", "prompt": "given the prompts alone"}
 
 
@@ -44,6 +45,23 @@ def read_results(folder: Path) -> list[dict]:
     """Every edit of a results folder, its figures at the top level; NaN where JSON says so."""
     entries = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
     return [{**entry, **entry.pop("figures")} for entry in entries]
+
+
+def of_methods(results: list[dict], labels: list[str]) -> list[dict]:
+    """The entries of some labels, on the cases that all of them have.
+
+    Raises:
+        ValueError: a label without results, or no case in common.
+    """
+    cases = [{entry["case"] for entry in results if entry["label"] == label} for label in labels]
+    missing = [label for label, found in zip(labels, cases, strict=True) if not found]
+    if missing:
+        known = ", ".join(sorted({entry["label"] for entry in results}))
+        raise ValueError(f"no results of {', '.join(missing)}; there are {known}")
+    shared = set.intersection(*cases)
+    if not shared:
+        raise ValueError(f"{', '.join(labels)} have no case in common: run them on the same ones")
+    return [entry for entry in results if entry["label"] in labels and entry["case"] in shared]
 
 
 def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
@@ -120,7 +138,30 @@ def tables(results: list[dict]) -> str:
         ]
         means = [100 * bootstrap(values)[0] for values in by_task]
         lines.append(f"| {label} | " + " | ".join("–" if np.isnan(mean) else f"{mean:.0f}" for mean in means) + " |")
-    return "\n".join((*parts, *lines)) + "\n"
+    parts.append("\n".join(lines) + "\n")
+    if REFERENCE in labels and len(labels) > 1:
+        parts.append(differences(results, [label for label in labels if label != REFERENCE]))
+    return "\n".join(parts) + "\n"
+
+
+def differences(results: list[dict], labels: list[str]) -> str:
+    """Markdown: how much better `REFERENCE` is than each label, over the cases that both have."""
+    columns = ("success", "clip", "in_psnr", "bg_psnr")
+    lines = [
+        f"## {REFERENCE} minus the others, same cases\n",
+        "| method | n | " + " | ".join(COLUMNS[name][0] for name in columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    own = {entry["case"] for entry in results if entry["label"] == REFERENCE}
+    for label in labels:
+        shared = own & {entry["case"] for entry in results if entry["label"] == label}
+        cells = []
+        for name in columns:
+            _, digits, factor = COLUMNS[name]
+            mean, low, high = (factor * value for value in paired(results, REFERENCE, label, name))
+            cells.append("–" if np.isnan(mean) else f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+        lines.append(f"| {label} | {len(shared)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def grid(cases: list[Case], results: Path, labels: list[str], count: int, seed: int = 0) -> Image.Image:
@@ -175,11 +216,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cases", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", metavar="LABEL", help="only these, on the cases that all of them have")
     parser.add_argument("--rows", type=int, default=8, help="cases per picture grid (%(default)s)")
     args = parser.parse_args(argv)
     results = read_results(args.results)
     if not results:
         raise ValueError(f"no results in {args.results}: run `python -m benchmarks.run` first")
+    if args.methods:
+        results = of_methods(results, args.methods)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = tables(results)

@@ -394,6 +394,23 @@ def test_paired_differences_use_shared_cases_alone():
     assert tables.paired(rows, "a", "b", "clip")[0] == 2
 
 
+def test_methods_are_compared_on_the_cases_that_all_have():
+    rows = [
+        {"label": label, "case": case, "success": value, "clip": value, "in_psnr": value, "bg_psnr": float("nan")}
+        for label, case, value in (("mde", "x", 1.0), ("none", "x", 0.25), ("mde", "y", 0.0), ("oal", "y", 0.0))
+    ]
+    assert [(row["label"], row["case"]) for row in tables.of_methods(rows, ["mde", "none"])] == [
+        ("mde", "x"),
+        ("none", "x"),
+    ]
+    text = tables.differences(rows, ["none", "oal"])
+    assert "| none | 1 | +75.0 [+75.0, +75.0] | +0.750" in text and "| oal | 1 | +0.0" in text and "–" in text
+    with pytest.raises(ValueError, match="no results of cds; there are mde, none, oal"):
+        tables.of_methods(rows, ["mde", "cds"])
+    with pytest.raises(ValueError, match="no case in common"):
+        tables.of_methods(rows, ["none", "oal"])
+
+
 def test_tuning_tries_its_own_settings_first_and_no_draw_twice():
     found = tune.trials("mde", 10)
     assert found[0] == {} and len(found) == 10
