@@ -122,8 +122,8 @@ def order(results: list[dict]) -> dict[str, list[str]]:
 def tables(results: list[dict]) -> str:
     """All tables of a run, as Markdown."""
     parts = []
-    for split in sorted({entry["split"] for entry in results}):
-        rows = [entry for entry in results if entry["split"] == split]
+    for split in (*sorted({entry["split"] for entry in results}), "both splits"):
+        rows = [entry for entry in results if split in (entry["split"], "both splits")]
         parts.append(f"## {split}\n")
         for group, labels in order(rows).items():
             if labels:
@@ -207,6 +207,11 @@ def cost_plot(results: list[dict], path: Path) -> None:
             axis.errorbar(seconds, mean, [[mean - low], [high - mean]], fmt="o", capsize=2)
             axis.annotate(label, (seconds, mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
             axis.set(xscale="log", xlabel="seconds per edit, inversion included", ylabel=heading)
+    for axis in axes:
+        low, high = axis.get_xlim()
+        axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
