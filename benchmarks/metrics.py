@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from mde_edit.cli import as_array
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -21,10 +22,6 @@ NAN = float("nan")
 # Where higher is better; the others are distances.
 HIGHER = ("success", "bystanders", "clip", "in_psnr", "in_ssim", "bg_psnr", "bg_ssim", "bg_ssim_zf")
 LOWER = ("bg_st_lpips", "bg_st_lpips_zf", "leak")
-
-
-def as_array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB"), np.float64) / 255
 
 
 def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
