@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo examples train model-report bench-quick bench bench-tune test test-slow test-matrix lint bundle hub clean
+.PHONY: demo examples train model-report bench-quick bench bench-tune bench-tradeoff test test-slow test-matrix lint bundle hub clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -30,8 +30,8 @@ METHODS ?=
 STEPS ?= 50
 LIMIT ?=
 PROCESSES ?= 1
-RUN = $(BIN)/torchrun --nproc_per_node $(PROCESSES) -m benchmarks.run $(if $(METHODS),--methods $(METHODS)) \
-	$(if $(LIMIT),--limit $(LIMIT))
+SPREAD = $(BIN)/torchrun --nproc_per_node $(PROCESSES)
+RUN = $(SPREAD) -m benchmarks.run $(if $(METHODS),--methods $(METHODS)) $(if $(LIMIT),--limit $(LIMIT))
 
 bench-quick: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set quick --out bench_out/quick/cases
@@ -47,6 +47,10 @@ bench-tune: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set dev --out bench_out/dev/cases
 	$(BIN)/python -m benchmarks.tune --cases bench_out/dev/cases --out bench_out/tuning --steps $(STEPS) \
 		$(if $(METHODS),--methods $(METHODS)) $(if $(LIMIT),--limit $(LIMIT))
+
+bench-tradeoff: $(VENV)/bench
+	$(BIN)/python -m benchmarks.draw --set dev --out bench_out/dev/cases
+	$(SPREAD) -m benchmarks.tradeoff --cases bench_out/dev/cases --out bench_out/tradeoff $(if $(LIMIT),--limit $(LIMIT))
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest

@@ -1,6 +1,9 @@
 """Where the edited words look, under each of Table 2's settings (the paper's Fig. 7b).
 
-python -m benchmarks.attention --cases bench_out/test --case overlap_twin_00 --out bench_out/attention.png
+python -m benchmarks.attention --cases bench_out/test/cases --case overlap_twin_00 --out bench_out/attention.png
+python -m benchmarks.attention --cases bench_out/dev/cases --limit 1
+
+The first draws one case, the second prints the mean over the first cases of each task and split.
 """
 
 import argparse
@@ -9,11 +12,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from benchmarks.cases import Case, load_cases
 from benchmarks.methods import METHODS
 from benchmarks.methods.ours import invert
-from benchmarks.run import load_pipe
+from benchmarks.run import limited, load_pipe
 
 
 matplotlib.use("Agg")
@@ -33,6 +37,25 @@ def word_maps(pipe, case: Case, name: str, steps: int) -> tuple[np.ndarray, dict
         **settings,
     )
     return out.images[0], {word: maps[:, -1].mean(0).cpu().numpy() for word, maps in out.attention_maps[0].items()}
+
+
+def in_mask(word_map: np.ndarray, mask: np.ndarray) -> float:
+    """Share of a word's attention (h, w) that lies in its mask (height, width)."""
+    covered = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None].float(), word_map.shape)
+    return float((word_map * covered[0, 0].numpy()).sum() / word_map.sum())
+
+
+def shares(pipe, cases: list[Case], steps: int) -> str:
+    """Markdown: per setting, the mean share of a new word's attention inside its mask, of objects and of attributes."""
+    lines = ["| losses | objects' words, % | attributes' words, % |", "|---|---|---|"]
+    for name in SETTINGS:
+        found: dict[str, list[float]] = {"object": [], "attribute": []}
+        for case in tqdm(cases, name):
+            _, maps = word_maps(pipe, case, name, steps)
+            for kind, masks in (("object", case.object_masks), ("attribute", case.attribute_masks)):
+                found[kind] += [in_mask(maps[word], mask) for word, mask in masks.items()]
+        lines.append(f"| {name} | " + " | ".join(f"{100 * np.mean(values):.1f}" for values in found.values()) + " |")
+    return "\n".join(lines)
 
 
 def figure(pipe, case: Case, steps: int, path: Path) -> None:
@@ -55,12 +78,8 @@ def figure(pipe, case: Case, steps: int, path: Path) -> None:
         axes[0, column].imshow(image)
         axes[0, column].set_title(name, fontsize=9)
         for row, word in enumerate(words, 1):
-            shown = maps[word]
-            inside = np.asarray(
-                torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(words[word])[None, None].float(), shown.shape)
-            )[0, 0]
-            axes[row, column].imshow(shown, cmap="viridis", vmin=0)
-            axes[row, column].set_xlabel(f"{100 * (shown * inside).sum() / shown.sum():.0f} % in the mask", fontsize=8)
+            axes[row, column].imshow(maps[word], cmap="viridis", vmin=0)
+            axes[row, column].set_xlabel(f"{100 * in_mask(maps[word], words[word]):.0f} % in the mask", fontsize=8)
     for row, (word, mask) in enumerate(words.items(), 1):
         axes[row, 0].imshow(mask, cmap="gray")
         axes[row, 0].set_ylabel(word[0], fontsize=9)
@@ -72,20 +91,22 @@ def figure(pipe, case: Case, steps: int, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=Path, required=True)
-    parser.add_argument("--case", help="name of the case (the first)")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--case", help="name of the case to draw (the first)")
+    parser.add_argument("--out", type=Path, help="the figure's file")
+    parser.add_argument("--limit", type=int, help="print the mean over the first cases of each task and split")
     parser.add_argument("--model", default="emoji_ldm")
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args(argv)
     cases = {case.name: case for case in load_cases(args.cases)}
     if args.case and args.case not in cases:
         parser.error(f"no case {args.case!r}; there are {', '.join(cases)}")
-    figure(
-        load_pipe(args.model, torch.device("cpu"), "float32"),
-        cases[args.case or next(iter(cases))],
-        args.steps,
-        args.out,
-    )
+    if not (args.out or args.limit):
+        parser.error("nothing to do: give --out for a figure, --limit for the means")
+    pipe = load_pipe(args.model, torch.device("cpu"), "float32")
+    if args.out:
+        figure(pipe, cases[args.case or next(iter(cases))], args.steps, args.out)
+    if args.limit:
+        print(shares(pipe, limited(list(cases.values()), args.limit), args.steps))
 
 
 if __name__ == "__main__":

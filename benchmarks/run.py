@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -74,17 +75,27 @@ def machine(pipe: MDEEditPipeline) -> dict:
     }
 
 
-def run_case(
-    pipe: MDEEditPipeline, meter: Meter, case: Case, name: str, label: str, settings: dict, args: argparse.Namespace
-) -> bool:
+class Variant(NamedTuple):
+    """A method with settings that differ from its own; `steps` None: the run's."""
+
+    label: str
+    method: str
+    settings: dict
+    steps: int | None
+
+
+def run_case(pipe: MDEEditPipeline, meter: Meter, case: Case, variant: Variant, args: argparse.Namespace) -> bool:
     """Edit, measure and save, unless that was done before; whether it had to be done."""
+    label, name, settings, own_steps = variant
+    steps = own_steps or args.steps
     record = args.out / label / f"{case.name}.json"
-    key = {"method": name, "settings": settings, "steps": args.steps, "seed": args.seed, "model": args.model}
+    whole = {**METHODS[name].settings, **settings}
+    key = {"method": name, "settings": whole, "steps": steps, "seed": args.seed, "model": args.model}
     if record.is_file():
         known = json.loads(record.read_text())
         if {field: known[field] for field in key} == json.loads(json.dumps(key)):
             return False
-    image, cost = edit(pipe, name, case, args.steps, args.seed, settings)
+    image, cost = edit(pipe, name, case, steps, args.seed, settings)
     record.parent.mkdir(parents=True, exist_ok=True)
     image.save(record.with_suffix(".png"))
     entry = {"case": case.name, "split": case.split, "task": case.task, "label": label, **key, **cost}
@@ -97,21 +108,22 @@ def load_meter(judge: str | None, cell: int, device: torch.device) -> Meter:
     return Meter(STLPIPS(), Judge.load(Path(judge), str(device)) if judge else None, cell=cell)
 
 
-def parse_variant(text: str) -> tuple[str, str, dict]:
-    """ "mde:guidance_scale=3,ccl_form=both" -> label, method, settings that differ from the method's own."""
+def parse_variant(text: str) -> Variant:
+    """ "mde:guidance_scale=3,steps=10" -> a variant; `steps` may be set for every method."""
     name, _, rest = text.partition(":")
     if name not in METHODS:
         raise ValueError(f"no method {name!r}; there are {', '.join(METHODS)}")
     settings = {}
     for pair in filter(None, re.split(r",(?![^\[]*\])", rest)):  # not at the commas of a list
         key, equals, value = pair.partition("=")
-        if not equals or key not in METHODS[name].settings:
+        if not equals or key not in (*METHODS[name].settings, "steps"):
             raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(METHODS[name].settings) or 'none'}")
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:
             settings[key] = value
-    return text.replace(":", "__").replace(",", "_"), name, settings
+    steps = settings.pop("steps", None)
+    return Variant(text.replace(":", "__").replace(",", "_"), name, settings, steps)
 
 
 def load_pipe(model: str, device: torch.device, dtype: str) -> MDEEditPipeline:
@@ -133,7 +145,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="emoji_ldm")
     parser.add_argument("--judge", default="emoji_judge", help="folder of the judge; '' on pictures it does not know")
-    parser.add_argument("--steps", type=int, default=50, help="of every method (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="of every method without its own (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="only the first cases of each task and split")
     parser.add_argument("--dtype", default="float32")
@@ -166,9 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [(case, variant) for case in cases for variant in variants]
     with state.split_between_processes(jobs) as mine:
         bar = tqdm(mine, f"process {state.process_index}", disable=not state.is_local_main_process)
-        for case, (label, name, settings) in bar:
-            bar.set_postfix_str(f"{label} {case.name}")
-            run_case(pipe, meter, case, name, label, settings, args)
+        for case, variant in bar:
+            bar.set_postfix_str(f"{variant.label} {case.name}")
+            run_case(pipe, meter, case, variant, args)
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"results of {len(jobs)} edits: {args.out}")

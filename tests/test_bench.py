@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks import attention, convert, draw, metrics, run, tables, tune
+from benchmarks import attention, convert, draw, metrics, run, tables, tradeoff, tune
 from benchmarks.cases import Case, Region, load_cases, save_cases, touching
 from benchmarks.methods import METHODS
 from benchmarks.methods.base import Method
@@ -335,6 +336,33 @@ def test_a_second_run_does_nothing_unless_settings_change(tiny, tiny_cases, tmp_
         assert len(edits) == expected
 
 
+def test_a_changed_default_of_a_method_is_run_again(tiny, tiny_cases, tmp_path, monkeypatch):
+    """Records carry all settings, not only those that differ from the method's own."""
+    run.main(arguments(tiny_cases, tmp_path, "--methods", "none"))
+    method = METHODS["none"]
+    monkeypatch.setitem(METHODS, "none", replace(method, settings={**method.settings, "self_replace_steps": 0.0}))
+    run.main(arguments(tiny_cases, tmp_path, "--methods", "none"))
+    assert {entry["settings"]["self_replace_steps"] for entry in tables.read_results(tmp_path)} == {0.0}
+
+
+def test_tradeoff_counts_the_inversion_and_goes_on(tiny, tiny_cases, tmp_path, monkeypatch):
+    command = ["--cases", str(tiny_cases), "--out", str(tmp_path), "--judge", "", "--steps", "2", "5"]
+    tradeoff.main([*command, "--iterations", "0", "2"])
+    entries = json.loads((tmp_path / "case0.json").read_text())
+    calls = {(e["inversion"], e["steps"], e["iterations"]): e["unet_calls"] for e in entries}
+    assert len(calls) == 3 * 2 * 2
+    guided, source_passes = 2, 4  # of 5 steps: 0.4 and 0.8
+    assert calls["direct", 5, 0] == 5 + source_passes + 5
+    assert calls["direct", 5, 2] == calls["direct", 5, 0] + 2 * guided
+    assert calls["null_text", 5, 2] > calls["direct", 5, 2]
+    rows = (tmp_path / "tradeoff.md").read_text().splitlines()
+    assert len(rows) == 2 + len(calls) and all(row.split(" | ")[3:5] == ["2", "–"] for row in rows[2:])
+    assert Image.open(tmp_path / "tradeoff.png").width > 0
+
+    monkeypatch.setattr(tradeoff, "measure", lambda *args: pytest.fail("measured again"))
+    tradeoff.main([*command, "--iterations", "0", "2"])
+
+
 def test_a_limit_takes_the_first_cases_of_each_task(tiny_cases):
     cases = load_cases(tiny_cases)
     assert run.limited(cases, None) == cases
@@ -354,9 +382,16 @@ def test_unknown_methods_and_settings_are_named(text, message):
 
 
 def test_a_variant_may_hold_a_list():
-    label, name, settings = run.parse_variant("guide_and_rescale:ratio=[0.2,0.5],guidance_scale=4")
+    label, name, settings, steps = run.parse_variant("guide_and_rescale:ratio=[0.2,0.5],guidance_scale=4")
     assert (name, settings) == ("guide_and_rescale", {"ratio": [0.2, 0.5], "guidance_scale": 4})
-    assert "/" not in label
+    assert steps is None and "/" not in label
+
+
+def test_a_variant_may_have_steps_of_its_own(tiny, tiny_cases, tmp_path):
+    run.main(arguments(tiny_cases, tmp_path, "--methods", "none", "none:steps=2"))
+    by_label = {entry["label"]: entry for entry in tables.read_results(tmp_path)}
+    assert {label: entry["steps"] for label, entry in by_label.items()} == {"none": 4, "none__steps=2": 2}
+    assert by_label["none__steps=2"]["unet_calls"] < by_label["none"]["unet_calls"]
 
 
 def test_two_processes_give_the_table_of_one(tmp_path):
@@ -438,6 +473,19 @@ def test_every_setting_has_values_to_try_that_it_accepts():
 def test_the_attention_figure(tiny, tiny_cases, tmp_path):
     attention.figure(tiny, load_cases(tiny_cases)[0], 4, tmp_path / "attention.png")
     assert Image.open(tmp_path / "attention.png").size[0] > 300
+
+
+def test_shares_of_attention(tiny, tiny_cases):
+    mask = np.zeros((8, 8), bool)
+    mask[:4] = True
+    assert attention.in_mask(np.ones((4, 4)), mask) == 0.5
+    assert attention.in_mask(np.eye(4) * mask[::2, ::2], mask) == 1.0
+
+    rows = attention.shares(tiny, load_cases(tiny_cases), 4).splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == list(attention.SETTINGS)
+    table = [[float(cell) for cell in row.strip("| ").split(" | ")[1:]] for row in rows]
+    none, both = table[0], table[-1]
+    assert both[0] > none[0] and both[1] > none[1]  # what the losses are for, on any model
 
 
 # Real data

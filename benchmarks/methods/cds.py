@@ -160,9 +160,9 @@ METHODS = {
     "cds": Method(
         run,
         "prompt",
-        "Contrastive Denoising Score (Nam et al., CVPR 2024), its step stated per latent value, its guidance scale"
+        "Contrastive Denoising Score (Nam et al., CVPR 2024), its step stated per latent value, its settings"
         " tuned here, both losses from the same passes",
-        {"iterations": 100, "step_size": 0.05, "guidance_scale": 2.5, "contrast_weight": 3.0},
+        {"iterations": 100, "step_size": 0.1, "guidance_scale": 2.5, "contrast_weight": 30.0},
         {
             "iterations": (100, 200),
             "step_size": (0.02, 0.05, 0.1),

@@ -183,17 +183,17 @@ METHODS = {
         "masks",
         "LEDITS++ (Brack et al., CVPR 2024), every region's target and source a concept with the region's mask",
         {
-            "skip": 0.15,
-            "edit_guidance_scale": 4.0,
-            "source_guidance_scale": 2.5,
+            "skip": 0.5,
+            "edit_guidance_scale": 2.5,
+            "source_guidance_scale": 0.0,
             "edit_threshold": 0.75,
             "use_intersect_mask": True,
         },
         {
             "skip": (0.0, 0.15, 0.3, 0.5),
-            "edit_guidance_scale": (2.5, 4.0, 6.0, 10.0),
+            "edit_guidance_scale": (1.5, 2.5, 4.0, 6.0, 10.0),
             "source_guidance_scale": (0.0, 1.5, 2.5, 3.5),
-            "edit_threshold": (0.5, 0.75, 0.9),
+            "edit_threshold": (0.0, 0.25, 0.5, 0.75, 0.9),
             "use_intersect_mask": (True, False),
         },
     ),
@@ -214,7 +214,7 @@ METHODS = {
         "prompt",
         "pix2pix-zero (Parmar et al., SIGGRAPH 2023) with the edit direction between the two prompts, not the mean of"
         " many sentences about two concepts",
-        {"guidance_scale": 2.5, "cross_attention_guidance_amount": 0.1, "num_reg_steps": 5},
+        {"guidance_scale": 2.5, "cross_attention_guidance_amount": 0.1, "num_reg_steps": 1},
         {
             "guidance_scale": SCALES,
             "cross_attention_guidance_amount": (0.03, 0.1, 0.3),
