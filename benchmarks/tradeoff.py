@@ -93,7 +93,7 @@ def plot(rows: list[dict], path: Path) -> None:
     """A line per inversion method and number of steps, a point per number of iterations."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), constrained_layout=True)
     styles = dict(zip(sorted({row["steps"] for row in rows}), ("o:", "s--", "D-"), strict=False))
     for color, method in zip(("tab:green", "tab:orange", "tab:blue"), GUIDANCE_SCALES, strict=True):
         for steps, style in styles.items():
@@ -120,8 +120,8 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= tick <= high])
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-    axes[0].legend(fontsize=7)
-    axes[0].set_title("numbers: iterations of the losses per guided step", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    axes[1].set_title("numbers: iterations of the losses per guided step", fontsize=9)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from mde_edit import MDEEditPipeline
 from PIL import Image
 
@@ -37,3 +38,9 @@ class Method:
         if unknown:
             raise ValueError(f"no setting {', '.join(sorted(unknown))}; there are {', '.join(self.settings) or 'none'}")
         return self.run(pipe, case, steps, seed, **{**self.settings, **settings})
+
+
+def encode(pipe: MDEEditPipeline, image: Image.Image) -> torch.Tensor:
+    """(1, channels, h, w) fp32, the latents z_0 of a picture."""
+    pixels = pipe.prepare_image(image, None, None).to(pipe.device, pipe.vae.dtype)
+    return pipe.vae.encode(pixels).latent_dist.mode().float() * pipe.vae.config.scaling_factor

@@ -15,18 +15,12 @@ from mde_edit.inversion import gradient, predict
 from PIL import Image
 
 from benchmarks.cases import Case
-from benchmarks.methods.base import Method
+from benchmarks.methods.base import Method, encode
 
 
 TIME_RANGE = (0.05, 0.95)  # of the training timesteps, as the official code draws them
 TEMPERATURE, PATCHES, PATCH_SIZES = 0.07, 256, (1, 2)
 DDS_SCALE = 2000  # the official code's factor of the delta, against which its weight of the contrast (3) is stated
-
-
-def encode(pipe: MDEEditPipeline, image: Image.Image) -> torch.Tensor:
-    """(1, channels, h, w) fp32, the latents z_0 of a picture."""
-    pixels = pipe.prepare_image(image, None, None).to(pipe.device, pipe.vae.dtype)
-    return pipe.vae.encode(pixels).latent_dist.mode().float() * pipe.vae.config.scaling_factor
 
 
 def predict_noise(unet, scheduler, noisy: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:

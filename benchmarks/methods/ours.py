@@ -6,7 +6,7 @@ from mde_edit import Inversion, MDEEditPipeline
 from PIL import Image
 
 from benchmarks.cases import Case
-from benchmarks.methods.base import Method
+from benchmarks.methods.base import Method, encode
 
 
 def invert(pipe: MDEEditPipeline, case: Case, steps: int, inversion: str, guidance_scale: float) -> Inversion:
@@ -41,9 +41,7 @@ def reconstruction(
 @torch.no_grad()
 def roundtrip(pipe: MDEEditPipeline, case: Case, steps: int, seed: int) -> Image.Image:
     """The autoencoder alone."""
-    pixels = pipe.image_processor.preprocess(case.image).to(pipe.device, pipe.vae.dtype)
-    latents = pipe.vae.encode(pixels).latent_dist.mode()
-    return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], "pil")[0]
+    return pipe.decode(encode(pipe, case.image), "pil")[0][0]
 
 
 def copy(pipe: MDEEditPipeline, case: Case, steps: int, seed: int) -> Image.Image:
@@ -64,6 +62,7 @@ OPTIONS = {
     "self_replace_steps": 0.5,
     "optimization_steps": 0.4,
     "ccl_form": "both",
+    "step_size": 1.0,
     "max_update": 0.02,
     "mask_dilation": None,
     "background_blend": 0.3,
