@@ -65,7 +65,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
     "paper": {"ccl_form": "token_ratio", "ccl_weight": 1.25, "max_update": None},
     # What the official code computes: an object loss without gradient, the spatial ratio at its hard-coded weight.
     "released": {"oal_weight": 0.0, "ccl_form": "spatial_ratio", "ccl_weight": 1.5, "max_update": None},
-    # Where more iterations hardly paid in emoji-bench (benchmarks/tuning.md); goes well with a "direct" inversion.
+    # More iterations did not pay in emoji-bench (benchmarks/tuning.md), nor more steps than 10 of a "direct" inversion.
     "fast": {"optimization_iterations": 2},
 }
 # Arguments of `StableDiffusionPipeline.__call__` that mean nothing here: why, and what to do instead.

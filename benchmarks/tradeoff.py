@@ -26,7 +26,7 @@ from benchmarks.tables import COLUMNS, bootstrap
 
 
 matplotlib.use("Agg")
-GUIDANCE_SCALES = {"direct": 2.5, "negative_prompt": 1.5, "null_text": 1.5}  # each method's best on the dev cases
+GUIDANCE_SCALES = {"direct": 2.5, "negative_prompt": 1.5, "null_text": 1.5}  # see tuning.md
 STEPS = (10, 20, 50)
 ITERATIONS = (0, 2, 5, 15)
 SHOWN = ("success", "in_psnr", "bg_psnr", "seconds", "unet_calls")
