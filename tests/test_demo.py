@@ -111,7 +111,10 @@ def test_the_engine_is_faster_than_the_naive_algorithm(pipe, capsys):
         "background_blend": 0.3,
     }
     masks = [("object", "dog", 2, case["object"]["dog"]), ("attribute", "red", 5, case["attribute"]["red"])]
-    soft = [resize_mask(torch.from_numpy(np.asarray(m) > 127), size) for *_, m in masks]
+    binary = [torch.from_numpy(np.asarray(m) > 127) for *_, m in masks]
+    loss_layers = pipe.loss_layers(size, None)
+    soft = [resize_mask(m, loss_layers[0].size) for m in binary]
+    covered = sum(resize_mask(m, size) for m in binary) > 0
     start = time.perf_counter()
     naive = naive_edit(
         pipe,
@@ -120,8 +123,8 @@ def test_the_engine_is_faster_than_the_naive_algorithm(pipe, capsys):
         pipe.embed(case["prompt"]).detach(),
         align_tokens(pipe.tokenizer, case["source_prompt"], case["prompt"]),
         [(kind, (i,), s.flatten(), binarize_mask(s).flatten()) for (kind, _, i, _), s in zip(masks, soft)],
-        dilate_mask((sum(soft) > 0).float(), 1),
-        [layer.name for layer in layers if layer.is_cross and layer.size == size],
+        dilate_mask(covered.float(), 1),
+        [layer.name for layer in loss_layers],
         {layer.name for layer in layers if not layer.is_cross and layer.pixels <= size[0] * size[1] // 4},
         settings,
     )
