@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from mde_edit.losses import resize_mask
 from tqdm import tqdm
 
 from benchmarks.cases import Case, load_cases
@@ -41,8 +42,8 @@ def word_maps(pipe, case: Case, name: str, steps: int) -> tuple[np.ndarray, dict
 
 def in_mask(word_map: np.ndarray, mask: np.ndarray) -> float:
     """Share of a word's attention (h, w) that lies in its mask (height, width)."""
-    covered = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None].float(), word_map.shape)
-    return float((word_map * covered[0, 0].numpy()).sum() / word_map.sum())
+    covered = resize_mask(torch.from_numpy(mask), word_map.shape).numpy()
+    return float((word_map * covered).sum() / word_map.sum())
 
 
 def shares(pipe, cases: list[Case], steps: int) -> str:

@@ -104,8 +104,9 @@ def run_case(pipe: MDEEditPipeline, meter: Meter, case: Case, variant: Variant, 
     return True
 
 
-def load_meter(judge: str | None, cell: int, device: torch.device) -> Meter:
-    return Meter(STLPIPS(), Judge.load(Path(judge), str(device)) if judge else None, cell=cell)
+def load_meter(judge: str | None, pipe: MDEEditPipeline) -> Meter:
+    reader = Judge.load(Path(judge), str(pipe.device)) if judge else None
+    return Meter(STLPIPS(), reader, cell=pipe.vae_scale_factor)
 
 
 def parse_variant(text: str) -> Variant:
@@ -172,8 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     cases = limited(load_cases(args.cases), args.limit)
     state = PartialState(cpu=not torch.cuda.is_available())  # several processes on a CPU, only if told so
     pipe = load_pipe(args.model, state.device, args.dtype)
-    cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    meter = load_meter(args.judge, cell, state.device)
+    meter = load_meter(args.judge, pipe)
     # Case by case, not method by method: a run that is broken off has every method at the same number of cases.
     jobs = [(case, variant) for case in cases for variant in variants]
     with state.split_between_processes(jobs) as mine:

@@ -193,25 +193,31 @@ def grid(cases: list[Case], results: Path, labels: list[str], count: int, seed: 
     return sheet
 
 
+def seconds_axes(axes, headings: list[str]) -> None:
+    """Label the axes of a plot against seconds, after its points are drawn."""
+    for axis, heading in zip(axes, headings, strict=True):
+        axis.set(xscale="log", xlabel="seconds per edit, inversion included", ylabel=heading)
+        low, high = axis.get_xlim()
+        axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= tick <= high])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+
+
 def cost_plot(results: list[dict], path: Path) -> None:
     """Quality against seconds, one point per label."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    shown = ("success", "bg_psnr")
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(11, 4.5), constrained_layout=True)
     for label in [label for group in order(results).values() for label in group]:
         rows = [entry for entry in results if entry["label"] == label]
         seconds = np.mean([entry["seconds"] for entry in rows])
-        for axis, name in zip(axes, ("success", "bg_psnr"), strict=True):
-            heading, _, factor = COLUMNS[name]
+        for axis, name in zip(axes, shown, strict=True):
+            factor = COLUMNS[name][2]
             mean, low, high = (factor * value for value in bootstrap(np.array([row[name] for row in rows], float)))
             axis.errorbar(seconds, mean, [[mean - low], [high - mean]], fmt="o", capsize=2)
             axis.annotate(label, (seconds, mean), fontsize=7, xytext=(4, 3), textcoords="offset points")
-            axis.set(xscale="log", xlabel="seconds per edit, inversion included", ylabel=heading)
-    for axis in axes:
-        low, high = axis.get_xlim()
-        axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high])
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
+    seconds_axes(axes, [COLUMNS[name][0] for name in shown])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -11,6 +11,7 @@ stopped.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.cases import Case, load_cases
 from benchmarks.methods import METHODS
 from benchmarks.run import counted, limited, load_meter, load_pipe
-from benchmarks.tables import COLUMNS, bootstrap
+from benchmarks.tables import COLUMNS, bootstrap, seconds_axes
 
 
 matplotlib.use("Agg")
@@ -32,7 +33,7 @@ ITERATIONS = (0, 2, 5, 15)
 SHOWN = ("success", "in_psnr", "bg_psnr", "seconds", "unet_calls")
 
 
-def measure(pipe, meter, case: Case, steps: tuple[int, ...], iterations: tuple[int, ...]) -> list[dict]:
+def measure(pipe, meter, case: Case, steps: Sequence[int], iterations: Sequence[int]) -> list[dict]:
     """One entry per inversion method, number of steps and of iterations."""
     settings = dict(METHODS["mde"].settings)
     del settings["inversion"], settings["guidance_scale"]
@@ -93,14 +94,15 @@ def plot(rows: list[dict], path: Path) -> None:
     """A line per inversion method and number of steps, a point per number of iterations."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), constrained_layout=True)
+    shown = ("success", "in_psnr", "bg_psnr")
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(16, 4.5), constrained_layout=True)
     styles = dict(zip(sorted({row["steps"] for row in rows}), ("o:", "s--", "D-"), strict=False))
     for color, method in zip(("tab:green", "tab:orange", "tab:blue"), GUIDANCE_SCALES, strict=True):
         for steps, style in styles.items():
             line = [row for row in rows if (row["inversion"], row["steps"]) == (method, steps)]
             line.sort(key=lambda row: row["iterations"])
-            for axis, name in zip(axes, ("success", "in_psnr", "bg_psnr"), strict=True):
-                heading, _, factor = COLUMNS[name]
+            for axis, name in zip(axes, shown, strict=True):
+                factor = COLUMNS[name][2]
                 axis.plot(
                     [row["seconds"][0] for row in line],
                     [factor * row[name][0] for row in line],
@@ -114,12 +116,7 @@ def plot(rows: list[dict], path: Path) -> None:
                     axis.annotate(
                         row["iterations"], place, fontsize=7, xytext=(3, 3), textcoords="offset points", color=color
                     )
-                axis.set(xscale="log", xlabel="seconds per edit, inversion included", ylabel=heading)
-    for axis in axes:
-        low, high = axis.get_xlim()
-        axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= tick <= high])
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
+    seconds_axes(axes, [COLUMNS[name][0] for name in shown])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     axes[1].set_title("numbers: iterations of the losses per guided step", fontsize=9)
     figure.savefig(path, dpi=100)
@@ -139,13 +136,13 @@ def main(argv: list[str] | None = None) -> None:
     cases = limited(load_cases(args.cases), args.limit)
     state = PartialState(cpu=not torch.cuda.is_available())
     pipe = load_pipe(args.model, state.device, "float32")
-    meter = load_meter(args.judge, 2 ** (len(pipe.vae.config.block_out_channels) - 1), state.device)
+    meter = load_meter(args.judge, pipe)
     args.out.mkdir(parents=True, exist_ok=True)
     files = [args.out / f"{case.name}.json" for case in cases]
     with state.split_between_processes(list(zip(cases, files, strict=True))) as mine:
         for case, file in tqdm(mine, disable=not state.is_local_main_process):
             if not file.is_file():
-                entries = measure(pipe, meter, case, tuple(args.steps), tuple(args.iterations))
+                entries = measure(pipe, meter, case, args.steps, args.iterations)
                 file.write_text(json.dumps(entries, indent=1) + "\n")
     state.wait_for_everyone()
     if state.is_main_process:

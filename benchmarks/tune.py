@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     state = PartialState(cpu=not torch.cuda.is_available())
     pipe = load_pipe(args.model, state.device, args.dtype)
-    meter = load_meter(args.judge, 2 ** (len(pipe.vae.config.block_out_channels) - 1), state.device)
+    meter = load_meter(args.judge, pipe)
     cases = limited(load_cases(args.cases), args.limit)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.methods:
