@@ -1,165 +1,20 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""Attention control: who attends to what, which pass records, which pass injects.
+"""Attention control: which layers attend where, which pass records, which pass injects, and the call of the U-Net.
 
-Three things live here, and no state outlives a call:
-
-* prompts as tokens: [`find_token_indices`] (a word's places), [`align_tokens`] (what two prompts share);
-* the U-Net's attention layers: [`attention_layers`] (name, kind, spatial size, in execution order);
-* the control itself: inside [`attention_control`] every layer obeys the [`Record`] or [`Inject`] that the caller hands
-  to *that* U-Net call as `cross_attention_kwargs={"control": ...}`; a call without one is the model's own.
+Inside [`attention_control`] every layer obeys the [`Record`] or [`Inject`] that the caller hands to *that* call of
+[`predict`]; a call without one is the model's own. No state outlives a call.
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-
-# A word or phrase, its k-th occurrence, or token positions, as users name what a mask is for.
-WordKey = Union[str, Tuple[str, int], int, Tuple[int, ...]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts as tokens
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _content_ids(tokenizer, text: str) -> List[int]:
-    """Token ids of `text` without the start, end and padding tokens, never truncated."""
-    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-
-
-def check_prompt_length(tokenizer, prompt: str) -> None:
-    """Raise `ValueError` if `prompt` has more tokens than the text encoder reads (the rest would be cut off)."""
-    room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-    count = len(_content_ids(tokenizer, prompt))
-    if count > room:
-        raise ValueError(
-            f"The prompt {prompt!r} has {count} tokens and the text encoder reads {room}: shorten it, since the words"
-            " after that would be dropped without a trace."
-        )
-
-
-def prompt_words(tokenizer, prompt: str) -> List[Tuple[str, Tuple[int, ...]]]:
-    """The words of `prompt` as the tokenizer splits it, each with its token positions in the encoded prompt.
-
-    Punctuation marks are words of their own. Position 0 is the start token, so the first word begins at 1.
-    """
-    ids = _content_ids(tokenizer, prompt)
-    words, start = [], 0
-    for position, (token, token_id) in enumerate(zip(tokenizer.convert_ids_to_tokens(ids), ids)):
-        # CLIP's BPE marks the last piece of a word; added tokens (textual inversion) are whole words.
-        if token.endswith("</w>") or token_id in tokenizer.added_tokens_decoder or position + 1 == len(ids):
-            # a deep copy of a fast tokenizer (transformers 5) decodes without removing the marks
-            text = tokenizer.decode(ids[start : position + 1]).replace("</w>", "")
-            words.append((text.strip(), tuple(range(start + 1, position + 2))))
-            start = position + 1
-    return words
-
-
-def find_token_indices(tokenizer, prompt: str, key: WordKey) -> Tuple[int, ...]:
-    """Token positions (0 is the start token) of what `key` names in `prompt`.
-
-    Args:
-        key: a word or phrase (`"dog"`, `"polar bear"`; case and surrounding punctuation do not matter), one occurrence
-            of it (`("dog", 1)` is the second), or positions themselves (`5`, `(5, 6)`).
-
-    Raises:
-        ValueError: the word is not in the prompt, occurs several times and none was chosen, or a position is out of
-            range. The message lists what can be named.
-    """
-    words = prompt_words(tokenizer, prompt)
-    last = max((positions[-1] for _, positions in words), default=0)
-    if isinstance(key, int) or (isinstance(key, tuple) and key and all(isinstance(k, int) for k in key)):
-        indices = (key,) if isinstance(key, int) else tuple(sorted(set(key)))
-        if indices[0] < 1 or indices[-1] > last:
-            raise ValueError(
-                f"Token position {key!r} is not a word of the prompt {prompt!r}: its words are at 1..{last}."
-            )
-        return indices
-
-    text, occurrence = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
-    if not isinstance(text, str) or not (occurrence is None or isinstance(occurrence, int)):
-        raise ValueError(
-            f"{key!r} does not name a word: use a word ('dog'), one occurrence of it (('dog', 1)) or token positions"
-            " (5 or (5, 6))."
-        )
-    wanted = [word for word, _ in prompt_words(tokenizer, text)]
-    while wanted and not re.search(r"\w", wanted[-1]):
-        wanted.pop()
-    while wanted and not re.search(r"\w", wanted[0]):
-        wanted.pop(0)
-    spelled = [word for word, _ in words]
-    starts = [i for i in range(len(words) - len(wanted) + 1) if wanted and spelled[i : i + len(wanted)] == wanted]
-    if not starts:
-        raise ValueError(f"{text!r} is not in the prompt {prompt!r}. Its words are: {', '.join(map(repr, spelled))}.")
-    if occurrence is None and len(starts) > 1:
-        choices = ", ".join(repr((text, k)) for k in range(len(starts)))
-        raise ValueError(f"{text!r} occurs {len(starts)} times in the prompt {prompt!r}: choose one of {choices}.")
-    if not 0 <= (occurrence or 0) < len(starts):
-        raise ValueError(f"{text!r} occurs {len(starts)} times in {prompt!r}: there is no occurrence {occurrence}.")
-    start = starts[occurrence or 0]
-    return tuple(i for _, positions in words[start : start + len(wanted)] for i in positions)
-
-
-class TokenAlignment(NamedTuple):
-    """Which tokens of the target prompt stand in the source prompt too (the `j` of Eq. 3).
-
-    mapper: (tokens,) int64, for each target position its source position (0 where it has none).
-    shared: (tokens,) bool, True where the target token has a source position.
-    """
-
-    mapper: torch.Tensor
-    shared: torch.Tensor
-
-    def to(self, device) -> "TokenAlignment":
-        return TokenAlignment(self.mapper.to(device), self.shared.to(device))
-
-    def without(self, indices: Sequence[int]) -> "TokenAlignment":
-        """The same alignment with `indices` (target positions) taken as new words: they keep their own maps."""
-        shared = self.shared.clone()
-        shared[list(indices)] = False
-        return TokenAlignment(self.mapper, shared)
-
-
-def _common_subsequence(a: Sequence[int], b: Sequence[int]) -> List[Tuple[int, int]]:
-    """Index pairs of a longest common subsequence of `a` and `b` (global alignment: gap 0, match 1, no mismatches)."""
-    length = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]  # length[i][j]: best for a[i:], b[j:]
-    for i in reversed(range(len(a))):
-        for j in reversed(range(len(b))):
-            length[i][j] = length[i + 1][j + 1] + 1 if a[i] == b[j] else max(length[i + 1][j], length[i][j + 1])
-    pairs, i, j = [], 0, 0
-    while i < len(a) and j < len(b):
-        if a[i] == b[j]:
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-        elif length[i + 1][j] >= length[i][j + 1]:
-            i += 1
-        else:
-            j += 1
-    return pairs
-
-
-def align_tokens(tokenizer, source_prompt: str, prompt: str) -> TokenAlignment:
-    """Align the tokens of `prompt` with those of `source_prompt` (Eq. 3; P2P's "refine").
-
-    Words are matched in order (longest common subsequence of token ids), the start and end tokens with each other, and
-    the padding from its end. Padding is never matched with a word, as the official code does when the source prompt is
-    the longer one.
-    """
-    total = tokenizer.model_max_length
-    source, target = _content_ids(tokenizer, source_prompt), _content_ids(tokenizer, prompt)
-    pairs = [(0, 0), (len(source) + 1, len(target) + 1)]  # start and end tokens
-    pairs += [(i + 1, j + 1) for i, j in _common_subsequence(source, target)]
-    padding = total - 2 - max(len(source), len(target))
-    pairs += [(total - k, total - k) for k in range(1, padding + 1)]
-    mapper, shared = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool)
-    for i, j in pairs:
-        mapper[j], shared[j] = i, True
-    return TokenAlignment(mapper, shared)
+from .prompts import TokenAlignment
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,14 +27,14 @@ class AttentionLayer(NamedTuple):
 
     name: str
     is_cross: bool
-    size: Tuple[int, int]
+    size: tuple[int, int]
 
     @property
     def pixels(self) -> int:
         return self.size[0] * self.size[1]
 
 
-def attention_layers(unet, latent_size: Tuple[int, int]) -> List[AttentionLayer]:
+def attention_layers(unet, latent_size: tuple[int, int]) -> list[AttentionLayer]:
     """All attention layers of an SD-shaped `unet` for latents of `latent_size` (h, w), in execution order."""
     sizes = [tuple(latent_size)]  # size at which each down block attends
     for block in unet.down_blocks:
@@ -200,6 +55,28 @@ def attention_layers(unet, latent_size: Tuple[int, int]) -> List[AttentionLayer]
     return [layer for _, layer in sorted(layers)]
 
 
+def select_loss_layers(layers: Sequence[AttentionLayer], resolution: int | None = None) -> list[AttentionLayer]:
+    """The cross-attention layers the losses read, in execution order (the `l` of Eq. 4).
+
+    Args:
+        layers: all of the U-Net's, from [`attention_layers`].
+        resolution: the level's short side. `None`: the coarsest level with a short side of at least 16 (Stable
+            Diffusion at 512 px: 16x16, the paper's and the official code's choice), else the finest.
+
+    Raises:
+        ValueError: the U-Net has no cross-attention, or no level of this resolution.
+    """
+    cross = [layer for layer in layers if layer.is_cross]
+    if not cross:
+        raise ValueError("This U-Net has no cross-attention: MDE-Edit reads the attention of words.")
+    sides = sorted({min(layer.size) for layer in cross})
+    if resolution is None:
+        resolution = next((side for side in sides if side >= 16), sides[-1])
+    if resolution not in sides:
+        raise ValueError(f"`attention_resolution` is {resolution!r}; at this image size the U-Net has {sides}.")
+    return [layer for layer in cross if min(layer.size) == resolution]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Control
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,8 +92,8 @@ class Record:
 
     cross_layers: frozenset
     self_layers: frozenset
-    cross: Dict[str, torch.Tensor] = field(default_factory=dict)
-    self_qk: Dict[str, Tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    cross: dict[str, torch.Tensor] = field(default_factory=dict)
+    self_qk: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def reads(self, name: str) -> bool:
         return name in self.cross_layers or name in self.self_layers
@@ -235,12 +112,12 @@ class Inject:
     exit_after: name of the layer at which the pass ends with [`UNetExit`]: what comes after has no reader.
     """
 
-    cross: Dict[str, torch.Tensor]
+    cross: dict[str, torch.Tensor]
     shared: torch.Tensor
-    self_qk: Dict[str, Tuple[torch.Tensor, torch.Tensor]]
+    self_qk: dict[str, tuple[torch.Tensor, torch.Tensor]]
     capture_layers: frozenset = frozenset()
-    captured: Dict[str, torch.Tensor] = field(default_factory=dict)
-    exit_after: Optional[str] = None
+    captured: dict[str, torch.Tensor] = field(default_factory=dict)
+    exit_after: str | None = None
 
     def reads(self, name: str) -> bool:
         return name in self.cross or name in self.self_qk or name in self.capture_layers
@@ -250,13 +127,24 @@ class UNetExit(Exception):
     """Ends a U-Net pass at the last layer anyone reads; caught by whoever asked for it with `Inject.exit_after`."""
 
 
-def align_maps(maps: Dict[str, torch.Tensor], alignment: TokenAlignment) -> Dict[str, torch.Tensor]:
+def align_maps(maps: dict[str, torch.Tensor], alignment: TokenAlignment) -> dict[str, torch.Tensor]:
     """Source maps (heads, pixels, source tokens) on the target's token positions, zero at its new tokens."""
     return {name: m[..., alignment.mapper] * alignment.shared for name, m in maps.items()}
 
 
+def stack_maps(maps: dict[str, torch.Tensor], layers: Sequence[AttentionLayer]) -> torch.Tensor:
+    """The maps of `layers`, which have one size, as the losses read them: every head of every layer is a row.
+
+    {layer name: (heads, pixels, tokens)} -> (layers x heads, pixels, tokens).
+    """
+    return torch.cat([maps[layer.name] for layer in layers])
+
+
 class MDEAttnProcessor:
-    """An attention layer that obeys the `control` of the call, and is the layer's own processor without one."""
+    """An attention layer that obeys the `control` of the call, and is the layer's own processor without one.
+
+    name: of the layer, a key of `unet.attn_processors`. original: the processor that the layer had.
+    """
 
     def __init__(self, name: str, original):
         self.name = name
@@ -265,6 +153,19 @@ class MDEAttnProcessor:
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, control=None
     ) -> torch.Tensor:
+        """One attention layer, residual and normalization left to its block as in Stable Diffusion.
+
+        Args:
+            attn: diffusers' `Attention` module, whose projections are used.
+            hidden_states: (batch, pixels, channels).
+            encoder_hidden_states: (batch, tokens, dim) in cross-attention; `None` in self-attention.
+            attention_mask: for the layer's own processor; Stable Diffusion has none.
+            control: the [`Record`] or [`Inject`] of this call. Where it reads nothing of this layer, or without one,
+                the original processor runs.
+
+        Returns:
+            (batch, pixels, channels) in the dtype of `hidden_states`.
+        """
         if control is None or not control.reads(self.name):
             return self.original(
                 attn, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask
@@ -286,6 +187,8 @@ class MDEAttnProcessor:
         return out / attn.rescale_output_factor
 
     def _self_attention(self, attn, hidden_states, context, split_heads, control):
+        """(batch, pixels, channels) -> (batch, heads, pixels, head_dim). Recording keeps query and key of the pass;
+        injecting puts the source's in the place of the last row's, whose value they weight."""
         value = split_heads(attn.to_v(context))
         if isinstance(control, Record):
             query, key = split_heads(attn.to_q(hidden_states)), split_heads(attn.to_k(context))
@@ -298,6 +201,9 @@ class MDEAttnProcessor:
         return F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
 
     def _cross_attention(self, attn, hidden_states, context, split_heads, control):
+        """(batch, pixels, channels), (batch, tokens, dim) -> (batch, heads, pixels, head_dim). The last row's map is
+        materialized, to be recorded, captured or replaced on the shared tokens; the other rows attend by themselves.
+        Raises [`UNetExit`] where the control says so."""
         query, key, value = (split_heads(f) for f in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
         # Eq. 2 in fp32, for the row that is recorded or injected only.
         scores = query[-1].float() @ key[-1].float().transpose(-1, -2) * attn.scale
@@ -338,3 +244,64 @@ def attention_control(unet):
         unet.set_attn_processor(dict(processors))  # it empties the dictionary it is given
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(grads[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The call of the U-Net
+# ---------------------------------------------------------------------------------------------------------------------
+
+# fp16 gradients of a mean over a latent underflow; scaled by this they do not, and the scale is taken out in fp32.
+FP16_LOSS_SCALE = 2.0**12
+
+
+def gradient(loss: torch.Tensor, inputs: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
+    """d loss / d inputs in fp32, through a model that computes in `model_dtype`."""
+    scale = FP16_LOSS_SCALE if model_dtype == torch.float16 else 1.0
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(loss * scale, inputs)
+    return grad.float() / scale
+
+
+def predict(
+    unet, latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, control: Record | Inject | None = None
+) -> torch.Tensor:
+    """One U-Net call in the U-Net's dtype on fp32 latents and embeddings; the prediction comes back in fp32.
+
+    Args:
+        latents: (batch, channels, h, w).
+        embeds: (batch, tokens, dim).
+        control: what the attention layers do in this call, inside [`attention_control`].
+
+    Returns:
+        (batch, channels, h, w) fp32: noise or velocity, whichever the model predicts.
+    """
+    return unet(
+        latents.to(unet.dtype),
+        timestep,
+        encoder_hidden_states=embeds.to(unet.dtype),
+        cross_attention_kwargs=None if control is None else {"control": control},
+        return_dict=False,
+    )[0].float()
+
+
+def own_maps(
+    unet,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    embeds: torch.Tensor,
+    control: Inject,
+    layers: Sequence[AttentionLayer],
+) -> torch.Tensor:
+    """A* of `layers` (in execution order), before injection, by a pass that leaves the U-Net after the last of them.
+
+    Returns:
+        (layers x heads, pixels, tokens) fp32, differentiable in `latents`.
+    """
+    captured: dict[str, torch.Tensor] = {}
+    names = frozenset(layer.name for layer in layers)
+    control = replace(control, capture_layers=names, captured=captured, exit_after=layers[-1].name)
+    try:
+        predict(unet, latents, timestep, embeds, control)
+    except UNetExit:
+        pass
+    return stack_maps(captured, layers)

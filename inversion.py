@@ -1,5 +1,5 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""From a picture's latents to something that can be edited: DDIM inversion and the null-text optimisation after it.
+"""From a picture's latents to something that can be edited: DDIM inversion and the null-text optimization after it.
 
 The functions compute and return; [`Inversion`] is the value that carries their result to any number of edits, in memory
 or on disk. The scheduler owns the steps: nothing here knows a formula of the diffusion.
@@ -7,44 +7,18 @@ or on disk. The scheduler owns the steps: nothing here knows a formula of the di
 
 import json
 import os
-from dataclasses import dataclass, fields
-from typing import Dict, List, Tuple, Union
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .attention_processors import gradient, predict
+
 
 INVERSION_METHODS = ("null_text", "negative_prompt", "direct")
-
-# fp16 gradients of a mean over a latent underflow; scaled by this they do not, and the scale is taken out in fp32.
-FP16_LOSS_SCALE = 2.0**12
-
-
-def gradient(loss: torch.Tensor, inputs: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
-    """d loss / d inputs in fp32, through a model that computes in `model_dtype`."""
-    scale = FP16_LOSS_SCALE if model_dtype == torch.float16 else 1.0
-    with torch.enable_grad():
-        (grad,) = torch.autograd.grad(loss * scale, inputs)
-    return grad.float() / scale
-
-
-def predict(unet, latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, control=None) -> torch.Tensor:
-    """One U-Net call in the U-Net's dtype on fp32 latents and embeddings; the prediction comes back in fp32.
-
-    Args:
-        latents: (batch, channels, h, w).
-        embeds: (batch, tokens, dim).
-        control: what the attention layers do in this call (`Record`, `Inject` or nothing).
-    """
-    return unet(
-        latents.to(unet.dtype),
-        timestep,
-        encoder_hidden_states=embeds.to(unet.dtype),
-        cross_attention_kwargs=None if control is None else {"control": control},
-        return_dict=False,
-    )[0].float()
 
 
 @torch.no_grad()
@@ -95,8 +69,8 @@ def optimize_null_embeds(
     num_inner_steps: int,
     early_stop_epsilon: float,
     progress,
-) -> Tuple[torch.Tensor, torch.Tensor, List[int]]:
-    """Null-text optimisation (arXiv 2212.09794, Algorithm 1): per step, the "empty prompt" under which guided sampling
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Null-text optimization (arXiv 2212.09794, Algorithm 1): per step, the "empty prompt" under which guided sampling
     retraces the inversion.
 
     As in the reference: Adam, learning rate 1e-2 falling linearly to half of it, at most `num_inner_steps` updates,
@@ -117,7 +91,7 @@ def optimize_null_embeds(
     latents, null = trajectory[:1], null_embeds.float()
     visited, nulls, inner_steps = [latents], [], []
 
-    def guided_step(null_prediction, cond_prediction, t):
+    def cfg_step(null_prediction, cond_prediction, t):
         noise = null_prediction + guidance_scale * (cond_prediction - null_prediction)
         return scheduler.step(noise, t, latents).prev_sample
 
@@ -129,12 +103,12 @@ def optimize_null_embeds(
         target, count = trajectory[i + 1 : i + 2], 0
         while count < num_inner_steps:
             with torch.enable_grad():
-                previous = guided_step(predict(unet, latents, t, null), cond, t)
+                previous = cfg_step(predict(unet, latents, t, null), cond, t)
                 loss = F.mse_loss(previous, target)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"The null-text optimisation diverged at step {i} (loss {loss.item()}). Load the U-Net in float32"
-                    " or bfloat16, lower `guidance_scale`, or use method='direct', which optimises nothing."
+                    f"The null-text optimization diverged at step {i} (loss {loss.item()}). Load the U-Net in float32"
+                    " or bfloat16, lower `guidance_scale`, or use method='direct', which optimizes nothing."
                 )
             null.grad = gradient(loss, null, unet.dtype)
             optimizer.step()
@@ -143,7 +117,7 @@ def optimize_null_embeds(
                 break
         null = null.detach()
         with torch.no_grad():
-            latents = guided_step(predict(unet, latents, t, null), cond, t)
+            latents = cfg_step(predict(unet, latents, t, null), cond, t)
         visited.append(latents)
         nulls.append(null)
         inner_steps.append(count)
@@ -152,19 +126,74 @@ def optimize_null_embeds(
     return torch.cat(visited), torch.cat(nulls), inner_steps
 
 
-def model_fingerprint(unet, text_encoder) -> torch.Tensor:
-    """One value from the middle of every weight of `unet` and `text_encoder`: enough to tell two models apart.
+def invert_latents(
+    unet,
+    scheduler,
+    inverse_scheduler,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    empty_embeds: torch.Tensor,
+    method: str,
+    guidance_scale: float,
+    num_inner_steps: int,
+    early_stop_epsilon: float,
+    progress,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The source branch z_T ... z_0 of a picture by one of `INVERSION_METHODS`, and the null embeddings to go with it.
+
+    Args:
+        scheduler, inverse_scheduler: a `DDIMScheduler` and its `DDIMInverseScheduler`, timesteps set.
+        latents: (1, channels, h, w) fp32, the picture's z_0.
+        prompt_embeds, empty_embeds: (1, tokens, dim), source prompt and empty prompt.
+        method, guidance_scale, num_inner_steps, early_stop_epsilon: see [`MDEEditPipeline.invert`].
+        progress: a tqdm bar, advanced by one per step, and by one more where `method` samples the source branch.
+
+    Returns:
+        (steps + 1, channels, h, w) fp32, z_T first; (steps, tokens, dim) fp32, or (1, tokens, dim) if all are the same.
+
+    Raises:
+        FloatingPointError: the latents, or the optimization, left the finite numbers.
+    """
+    trajectory = ddim_invert(unet, inverse_scheduler, latents, prompt_embeds, progress)
+    if not torch.isfinite(trajectory).all():
+        raise FloatingPointError(
+            f"DDIM inversion left the finite numbers with a U-Net in {unet.dtype}: load it in float32 or bfloat16."
+        )
+    if method == "null_text":
+        trajectory, null_embeds, _ = optimize_null_embeds(
+            unet,
+            scheduler,
+            trajectory,
+            prompt_embeds,
+            empty_embeds,
+            guidance_scale,
+            num_inner_steps,
+            early_stop_epsilon,
+            progress,
+        )
+    elif method == "negative_prompt":
+        trajectory = sample_source(unet, scheduler, trajectory[:1], prompt_embeds, progress)
+        null_embeds = prompt_embeds.float()
+    else:
+        null_embeds = empty_embeds.float()
+    return trajectory.contiguous(), null_embeds
+
+
+def model_fingerprint(*models: torch.nn.Module) -> torch.Tensor:
+    """One value from the middle of every weight of `models`: enough to tell two sets of them apart.
 
     Returns:
         (number of parameters,) fp32, on the CPU.
     """
     values = {}
-    for module in (*unet.modules(), *text_encoder.modules()):
+    for module in (module for model in models for module in model.modules()):
         for name, parameter in module.named_parameters(recurse=False):
             # Sequential offload leaves an empty parameter in the model and keeps its value in its hook.
             weight = module._hf_hook.weights_map[name] if parameter.is_meta else parameter.detach()
-            values.setdefault(parameter, weight.flatten()[weight.numel() // 2].float().cpu())
-    return torch.stack(list(values.values()))
+            values.setdefault(parameter, weight.flatten()[weight.numel() // 2].float())
+    if len({value.device for value in values.values()}) > 1:  # offloaded in part
+        values = {parameter: value.cpu() for parameter, value in values.items()}
+    return torch.stack(list(values.values())).cpu()  # one transfer, not one per weight
 
 
 @dataclass(frozen=True)
@@ -197,9 +226,27 @@ class Inversion:
     fingerprint: torch.Tensor
     model_dtype: str
 
+    def __post_init__(self):
+        object.__setattr__(self, "_decoded", {})  # see `decoded`; not a field, so neither saved nor compared
+
     @property
     def num_inference_steps(self) -> int:
         return len(self.timesteps)
+
+    def source_latents(self, i: int) -> torch.Tensor:
+        """The source branch before step `i`, (1, channels, h, w): z_T for 0, z_0 for `num_inference_steps`."""
+        return self.latents[i : i + 1]
+
+    def decoded(self, decoder: tuple, decode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`decode(z_0)`, (1, 3, height, width), computed once for all edits with the same `decoder`.
+
+        Args:
+            decoder: tells one decoder, with its settings and weights, from another.
+        """
+        if decoder not in self._decoded:
+            self._decoded.clear()  # one picture, not one per decoder that was ever tried
+            self._decoded[decoder] = decode(self.source_latents(self.num_inference_steps))
+        return self._decoded[decoder]
 
     def null_embed(self, i: int) -> torch.Tensor:
         """The unconditional embedding of step `i`, (1, tokens, dim)."""
@@ -208,10 +255,11 @@ class Inversion:
 
     def to(self, device) -> "Inversion":
         """The same inversion with the tensors an edit computes with on `device`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Inversion(**{**values, **{k: values[k].to(device) for k in ("latents", "null_embeds")}})
+        moved = replace(self, latents=self.latents.to(device), null_embeds=self.null_embeds.to(device))
+        object.__setattr__(moved, "_decoded", self._decoded)
+        return moved
 
-    def save(self, path: Union[str, os.PathLike]) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file: the tensors, and the rest as metadata."""
         tensors, metadata = {}, {}
         for f in fields(self):
@@ -223,10 +271,10 @@ class Inversion:
         save_file(tensors, path, metadata={"format": "mde_edit.inversion", **metadata})
 
     @classmethod
-    def load(cls, path: Union[str, os.PathLike]) -> "Inversion":
+    def load(cls, path: str | os.PathLike) -> "Inversion":
         """Read what [`~Inversion.save`] wrote. Raises `ValueError` for any other safetensors file."""
         with safe_open(path, framework="pt") as file:
-            metadata: Dict[str, str] = file.metadata() or {}
+            metadata: dict[str, str] = file.metadata() or {}
             names = {f.name for f in fields(cls)}
             if metadata.get("format") != "mde_edit.inversion" or names - set(file.keys()) - set(metadata):
                 raise ValueError(
@@ -283,7 +331,7 @@ def check_inversion_settings(
     if method == "null_text" and not guidance_scale > 1:
         raise ValueError(
             f"method='null_text' needs `guidance_scale` > 1, not {guidance_scale!r}: without guidance there is no null"
-            " embedding to optimise. Use method='direct'."
+            " embedding to optimize. Use method='direct'."
         )
     if not isinstance(num_inner_steps, int) or num_inner_steps < 1:
         raise ValueError(

@@ -1,47 +1,21 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""The losses of MDE-Edit (Eq. 4-6) and the masks they read: pure functions of tensors, fp32 inside.
+"""The losses of MDE-Edit (Eq. 4-6): pure functions of tensors, fp32 inside.
 
-Shapes: `layers` is layers x heads (every head of every loss layer is one row), `pixels` the h*w of the loss level,
-`tokens` the prompt's positions, `regions` the edited words.
+Shapes: `heads` is every head of every loss layer, `pixels` the h*w of the loss level, `tokens` the prompt's positions,
+`regions` the edited words.
 """
 
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def resize_mask(mask: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """Area-resize a binary mask: the covered share of every cell.
-
-    Args:
-        mask: (height, width) in {0, 1}.
-        size: (h, w) of the result.
-
-    Returns:
-        (h, w) fp32 in [0, 1]. A mask with a single pixel still covers a share > 0 of its cell.
-    """
-    return F.adaptive_avg_pool2d(mask.float()[None, None], size)[0, 0]
-
-
-def binarize_mask(soft_mask: torch.Tensor) -> torch.Tensor:
-    """Cells at least half covered; where there is none (a small object), those at least half as covered as the most
-    covered one, so that at least one cell remains. (..., h, w) in [0, 1] -> (..., h, w) in {0, 1}."""
-    peak = soft_mask.amax(dim=(-2, -1), keepdim=True)
-    return (soft_mask >= 0.5 * torch.where(peak >= 0.5, 1.0, peak)).to(soft_mask.dtype)
-
-
-def dilate_mask(mask: torch.Tensor, radius: int) -> torch.Tensor:
-    """Grow a binary mask (h, w) by `radius` cells in every direction, diagonals included."""
-    return F.max_pool2d(mask[None, None], 2 * radius + 1, stride=1, padding=radius)[0, 0]
-
-
 def word_map(maps: torch.Tensor, token_indices: Sequence[int]) -> torch.Tensor:
-    """Attention on a word: the sum over its sub-tokens. (layers, pixels, tokens) -> (layers, pixels)."""
+    """Attention on a word: the sum over its sub-tokens. (heads, pixels, tokens) -> (heads, pixels)."""
     return _at_least_fp32(maps[..., list(token_indices)]).sum(dim=-1)
 
 
@@ -49,7 +23,7 @@ def aggregate_maps(maps: torch.Tensor, token_indices: Sequence[int]) -> torch.Te
     """Eq. 4: a word's implicit segmentation, its attention averaged over layers and heads.
 
     Args:
-        maps: (layers, pixels, tokens) probabilities over tokens.
+        maps: (heads, pixels, tokens) probabilities over tokens.
         token_indices: positions of the word's tokens.
 
     Returns:
@@ -88,33 +62,33 @@ def object_alignment_loss(
     return (absolute + relative).sum()
 
 
-def color_consistency_loss(attention: torch.Tensor, shared: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Colour Consistency Loss, Eq. 6 ("token ratio"): the word's share of attention inside its mask should be all.
+def color_consistency_loss(attention: torch.Tensor, shared_attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Color Consistency Loss, Eq. 6 ("token ratio"): the word's share of attention inside its mask should be all.
 
     `(1 - mean_S A*_i / (A*_i + sum_j A_j))^2`, averaged over layers and heads. Pixels outside S have no gradient. The
     shared tokens' attention comes from the source and is constant, so the ratio stays below `1 / (1 + sum_j A_j)` and
     the loss has a floor above 0.
 
     Args:
-        attention: (layers, pixels), the word's own map A*_i ([`word_map`]).
-        shared: (layers, pixels), sum_j A_j over the tokens both prompts share, of the source pass.
+        attention: (heads, pixels), the word's own map A*_i ([`word_map`]).
+        shared_attention: (heads, pixels), sum_j A_j over the tokens both prompts share, of the source pass.
         mask: (pixels,) in {0, 1}, at least one 1.
 
     Returns:
         scalar in [0, 1].
     """
-    attention, shared, mask = _at_least_fp32(attention), _at_least_fp32(shared), _at_least_fp32(mask)
-    ratio = attention / (attention + shared + 1e-6)
+    attention, shared_attention, mask = (_at_least_fp32(x) for x in (attention, shared_attention, mask))
+    ratio = attention / (attention + shared_attention + 1e-6)
     return (1 - (ratio * mask).sum(dim=-1) / mask.sum()).square().mean()
 
 
-def color_leakage_loss(attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The released program's colour loss ("spatial ratio"): `3 - 4 a`, a the share of the word's attention inside S.
+def spatial_ratio_loss(attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The released program's color loss ("spatial ratio"): `3 - 4 a`, a the share of the word's attention inside S.
 
     Unlike Eq. 6 it pushes attention outside the mask down. Averaged over layers and heads.
 
     Args:
-        attention: (layers, pixels), the word's own map A*_i ([`word_map`]).
+        attention: (heads, pixels), the word's own map A*_i ([`word_map`]).
         mask: (pixels,) in {0, 1}.
 
     Returns:

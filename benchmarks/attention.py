@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from mde_edit.losses import resize_mask
+from mde_edit.masks import resize_mask
 from tqdm import tqdm
 
 from benchmarks.cases import Case, load_cases

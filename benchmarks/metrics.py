@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mde_edit.cli import as_array
+from mde_edit.tools.measure import as_array, psnr
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -32,13 +32,6 @@ def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
 
 def erode(mask: np.ndarray, radius: int) -> np.ndarray:
     return ~dilate(~mask, radius)
-
-
-def psnr(one: np.ndarray, other: np.ndarray, mask: np.ndarray) -> float:
-    """dB over the pixels of a mask; NaN if it is empty, at most 100."""
-    if not mask.any():
-        return NAN
-    return float(-10 * np.log10(max(np.square(one - other)[mask].mean(), 1e-10)))
 
 
 def ssim_map(one: np.ndarray, other: np.ndarray) -> np.ndarray:

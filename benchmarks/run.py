@@ -8,12 +8,9 @@ Cases are spread over the processes of `torchrun` (or, on GPUs, `accelerate laun
 """
 
 import argparse
-import contextlib
 import json
 import platform
 import re
-import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +18,7 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from mde_edit import MDEEditPipeline
+from mde_edit.tools.measure import measured
 from tqdm import tqdm
 
 from benchmarks.cases import Case, load_cases
@@ -33,33 +31,11 @@ from training.judge import Judge
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "stlpips-pytorch")
 
 
-@contextlib.contextmanager
-def counted(unet: torch.nn.Module) -> Iterator[dict[str, int]]:
-    """Count the U-Net's calls and the rows of their batches; calls that are cut short count too."""
-    counts = {"unet_calls": 0, "unet_rows": 0}
-
-    def count(module, args, kwargs):
-        sample = args[0] if args else kwargs["sample"]
-        counts["unet_calls"] += 1
-        counts["unet_rows"] += sample.shape[0]
-
-    hook = unet.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield counts
-    finally:
-        hook.remove()
-
-
 def edit(pipe: MDEEditPipeline, name: str, case: Case, steps: int, seed: int, settings: dict):
-    """One edit by a method: the picture, and its seconds and U-Net calls."""
-    if pipe.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    with counted(pipe.unet) as counts:
+    """One edit by a method: the picture, and its seconds and U-Net calls, those that were cut short too."""
+    with measured(pipe.unet) as cost:
         image = METHODS[name](pipe, case, steps, seed, **settings)
-    if pipe.device.type == "cuda":
-        torch.cuda.synchronize()
-    return image, {"seconds": time.perf_counter() - start, **counts}
+    return image, {"seconds": cost["seconds"], "unet_calls": cost["forwards"], "unet_rows": cost["rows"]}
 
 
 def machine(pipe: MDEEditPipeline) -> dict:

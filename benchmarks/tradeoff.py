@@ -10,7 +10,6 @@ stopped.
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,11 +17,12 @@ import matplotlib
 import numpy as np
 import torch
 from accelerate import PartialState
+from mde_edit.tools.measure import measured
 from tqdm import tqdm
 
 from benchmarks.cases import Case, load_cases
 from benchmarks.methods import METHODS
-from benchmarks.run import counted, limited, load_meter, load_pipe
+from benchmarks.run import limited, load_meter, load_pipe
 from benchmarks.tables import COLUMNS, bootstrap, seconds_axes
 
 
@@ -41,19 +41,15 @@ def measure(pipe, meter, case: Case, steps: Sequence[int], iterations: Sequence[
     entries = []
     for method, scale in GUIDANCE_SCALES.items():
         for count in steps:
-            with counted(pipe.unet) as inverting:
-                start = time.perf_counter()
+            with measured(pipe.unet) as inverting:
                 inverted = pipe.invert(case.image, case.source_prompt, count, method=method, guidance_scale=scale)
-                inversion_seconds = time.perf_counter() - start
             for number in iterations:
-                with counted(pipe.unet) as editing:
-                    start = time.perf_counter()
+                with measured(pipe.unet) as editing:
                     own = {**settings, "optimization_iterations": number}
                     image = pipe(case.target_prompt, inverted, **masks, **own).images[0]
-                    seconds = time.perf_counter() - start
                 cost = {
-                    "seconds": inversion_seconds + seconds,
-                    "unet_calls": inverting["unet_calls"] + editing["unet_calls"],
+                    "seconds": inverting["seconds"] + editing["seconds"],
+                    "unet_calls": inverting["forwards"] + editing["forwards"],
                 }
                 key = {"inversion": method, "steps": count, "iterations": number}
                 entries.append({**key, **cost, **meter(case, image)})

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 
 def install(path):
@@ -10,8 +11,8 @@ def install(path):
     module = importlib.util.module_from_spec(spec)
     sys.modules["mde_edit"] = module
     spec.loader.exec_module(module)
-    for name in ("attention_processors", "bundle", "inversion", "losses", "mde_pipeline"):
-        sys.modules[f"mde_edit.{name}"] = module
+    for file in Path(__file__).resolve().parents[1].glob("*.py"):
+        sys.modules[f"mde_edit.{file.stem}"] = module
 
 
 install(os.environ["MDE_EDIT_BUNDLE"])

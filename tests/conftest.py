@@ -1,6 +1,7 @@
 """Real tiny components: a Stable Diffusion 1.4-shaped pipeline (4 levels, 8 heads, 77 tokens, CLIP BPE) that runs in
 milliseconds, with random weights and sharpened attention so that maps are not flat."""
 
+import copy
 import json
 from collections import Counter
 from contextlib import contextmanager
@@ -155,3 +156,17 @@ def count_unet_calls(unet):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def state_of(pipe):
+    """All of a pipe that a call might leave changed, to be compared before and after."""
+    return (
+        {name: id(p) for name, p in pipe.unet.attn_processors.items()},
+        [p.requires_grad for p in pipe.unet.parameters()],
+        id(pipe.scheduler),
+        copy.deepcopy(dict(pipe.scheduler.config)),
+        copy.deepcopy({k: v for k, v in vars(pipe.scheduler).items() if isinstance(v, (int, float, list, type(None)))}),
+        {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()},
+        [p.grad for p in pipe.unet.parameters()],
+        torch.is_grad_enabled(),
+    )

@@ -50,6 +50,7 @@ def clone(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
+    shutil.copytree(ROOT / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""`make test-matrix`: the tests on other releases of diffusers and transformers; prints the README's table.
+"""`make test-matrix`: the tests on other releases of diffusers and transformers; prints docs/compatibility.md's table.
 
 Every combination goes into a folder of its own under build/matrix that shadows the installed packages; torch stays the
 one that is there, since neither library decides its version.
@@ -24,7 +24,18 @@ COMBINATIONS = {
     "transformers-4": ("0.39.0", "4.57.6", ["peft==0.17.1", "accelerate==1.11.0"]),
     "newest": ("0.42.1", "5.23.0", ["peft==0.21.2", "accelerate==1.15.0"]),
 }
-TESTS = ("prompts", "losses", "inversion", "engine", "pipeline", "dropin", "doors", "publish")
+TESTS = (
+    "prompts",
+    "masks",
+    "losses",
+    "attention_processors",
+    "inversion",
+    "denoise",
+    "mde_pipeline",
+    "dropin",
+    "doors",
+    "publish",
+)
 
 
 def prepare(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The naive edit: every pass whole, every map materialised, the source branch run again whenever it is looked at.
+"""The naive edit: every pass whole, every map materialized, the source branch run again whenever it is looked at.
 
 Written from the equations, without the package's engine, losses or schedulers; only the alignment is shared.
 """

@@ -10,9 +10,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from mde_edit import MDEEditPipeline
-from mde_edit.attention_processors import align_tokens, attention_layers
-from mde_edit.cli import as_array, psnr
-from mde_edit.losses import binarize_mask, dilate_mask, resize_mask
+from mde_edit.attention_processors import attention_layers, select_loss_layers
+from mde_edit.masks import binarize_mask, dilate_mask, resize_mask
+from mde_edit.prompts import align_tokens
+from mde_edit.tools.measure import as_array, psnr
 
 from .oracle import naive_edit
 
@@ -112,7 +113,7 @@ def test_the_engine_is_faster_than_the_naive_algorithm(pipe, capsys):
     }
     masks = [("object", "dog", 2, case["object"]["dog"]), ("attribute", "red", 5, case["attribute"]["red"])]
     binary = [torch.from_numpy(np.asarray(m) > 127) for *_, m in masks]
-    loss_layers = pipe.loss_layers(size, None)
+    loss_layers = select_loss_layers(layers)
     soft = [resize_mask(m, loss_layers[0].size) for m in binary]
     covered = sum(resize_mask(m, size) for m in binary) > 0
     start = time.perf_counter()

@@ -20,8 +20,7 @@ from mde_edit import MDEEditPipeline
 from mde_edit.inversion import model_fingerprint
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
-from .conftest import SOURCE, TARGET, make_pipe
-from .test_pipeline import state_of
+from .conftest import SOURCE, TARGET, make_pipe, state_of
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Inversion: the optimisation against its plain algorithm, and the value that carries it around."""
+"""Inversion: the optimization against its plain algorithm, and the value that carries it around."""
 
 import copy
 import json
@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mde_edit import Inversion
-from mde_edit.inversion import gradient, model_fingerprint
+from mde_edit.attention_processors import gradient
+from mde_edit.inversion import model_fingerprint
 from safetensors.torch import save_file
 
 from .conftest import SOURCE, TARGET, count_unet_calls, make_pipe
@@ -66,7 +67,7 @@ def test_null_text_equals_its_plain_algorithm(pipe, image):
 
 
 @pytest.mark.parametrize("method,per_step", [("direct", 1), ("negative_prompt", 2)])
-def test_pass_counts_without_optimisation(pipe, image, method, per_step):
+def test_pass_counts_without_optimization(pipe, image, method, per_step):
     with count_unet_calls(pipe.unet) as calls:
         pipe.invert(image, SOURCE, num_inference_steps=4, method=method)
     assert calls["forward"] == calls["batch 1"] == 4 * per_step

@@ -8,12 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mde_edit.losses import (
     aggregate_maps,
-    binarize_mask,
     color_consistency_loss,
-    color_leakage_loss,
-    dilate_mask,
     object_alignment_loss,
-    resize_mask,
+    spatial_ratio_loss,
     word_map,
 )
 
@@ -49,7 +46,7 @@ def test_gradients_against_finite_differences(seed, scale):
         return color_consistency_loss(word_map(x.softmax(-1), (4,)), shared, half_mask())
 
     def leak(x):
-        return color_leakage_loss(word_map(x.softmax(-1), (4,)), half_mask())
+        return spatial_ratio_loss(word_map(x.softmax(-1), (4,)), half_mask())
 
     assert torch.autograd.gradcheck(ccl, logits, atol=1e-6)
     assert torch.autograd.gradcheck(leak, logits, atol=1e-6)
@@ -76,7 +73,7 @@ def test_object_loss_by_hand():
 def test_color_loss_by_hand():
     loss = color_consistency_loss(torch.tensor([[0.3, 0.9]]), torch.tensor([[0.3, 0.1]]), torch.tensor([1.0, 0.0]))
     assert math.isclose(loss, 0.25, rel_tol=1e-4)
-    leak = color_leakage_loss(torch.tensor([[0.3, 0.9]]), torch.tensor([1.0, 0.0]))
+    leak = spatial_ratio_loss(torch.tensor([[0.3, 0.9]]), torch.tensor([1.0, 0.0]))
     assert math.isclose(leak, 3 - 4 * 0.25, rel_tol=1e-5)
 
 
@@ -116,7 +113,7 @@ def test_color_loss_has_no_gradient_outside_its_mask():
 
 def test_leakage_loss_pushes_attention_outside_down():
     attention = softmax_maps(0)[..., 4].clone().requires_grad_()
-    (grad,) = torch.autograd.grad(color_leakage_loss(attention, half_mask()), attention)
+    (grad,) = torch.autograd.grad(spatial_ratio_loss(attention, half_mask()), attention)
     inside = half_mask().bool()
     assert (grad[:, inside] < 0).all() and (grad[:, ~inside] > 0).all()
 
@@ -129,7 +126,7 @@ def test_losses_stay_in_their_ranges(seed, scale):
     attention = word_map(maps, (2, 3))
     shared = word_map(maps, (0, 1, 4, 5, 6, 7, 8))
     assert 0 <= color_consistency_loss(attention, shared, mask) <= 1
-    assert -1.001 <= color_leakage_loss(attention, mask) <= 3.001
+    assert -1.001 <= spatial_ratio_loss(attention, mask) <= 3.001
     oal = object_alignment_loss(aggregate_maps(maps, (2, 3))[None], mask[None])
     assert torch.isfinite(oal) and oal >= 0
     assert torch.allclose(maps.sum(-1), torch.ones(LAYERS, PIXELS), atol=1e-5)
@@ -150,7 +147,7 @@ def test_an_object_does_not_weaken_another():
 def test_mask_over_everything():
     attention = softmax_maps(0)[..., 4].clone().requires_grad_()
     everywhere = torch.ones(PIXELS, dtype=torch.float64)
-    (grad,) = torch.autograd.grad(color_leakage_loss(attention, everywhere), attention)
+    (grad,) = torch.autograd.grad(spatial_ratio_loss(attention, everywhere), attention)
     assert grad.abs().max() < 1e-6  # all attention is inside already
     (grad,) = torch.autograd.grad(object_alignment_loss(attention[:1], everywhere[None]), attention)
     assert (grad[0] < 0).all()  # p -> 1
@@ -161,7 +158,7 @@ def test_attention_of_zero_or_one_is_finite(value):
     attention = torch.full((1, PIXELS), value).requires_grad_()
     loss = object_alignment_loss(attention, half_mask()[None].float())
     loss = loss + color_consistency_loss(attention, attention.detach(), half_mask().float())
-    loss = loss + color_leakage_loss(attention, half_mask().float())
+    loss = loss + spatial_ratio_loss(attention, half_mask().float())
     (grad,) = torch.autograd.grad(loss, attention)
     assert torch.isfinite(loss) and torch.isfinite(grad).all()
 
@@ -181,28 +178,3 @@ def test_a_word_of_several_tokens_is_their_sum():
     assert torch.allclose(word_map(maps, (2, 3)), maps[..., 2] + maps[..., 3])
     assert torch.allclose(aggregate_maps(maps, (2, 3)), (maps[..., 2] + maps[..., 3]).mean(0))
     assert aggregate_maps(torch.ones(1, 4, 2), (0, 1)).max() == 1  # rounding cannot push a probability over one
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.data())
-@settings(max_examples=50, deadline=None)
-def test_a_single_white_pixel_survives_every_resize(height, width, h, w, data):
-    mask = torch.zeros(height, width)
-    mask[data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))] = 1
-    soft = resize_mask(mask, (h, w))
-    assert soft.shape == (h, w) and 0 <= soft.min() and soft.max() <= 1 and soft.max() > 0
-    assert binarize_mask(soft).sum() >= 1
-    assert set(binarize_mask(soft).unique().tolist()) <= {0.0, 1.0}
-
-
-def test_masks_resize_by_covered_area():
-    mask = torch.zeros(4, 4)
-    mask[:2, :3] = 1
-    assert resize_mask(mask, (2, 2)).tolist() == [[1.0, 0.5], [0.0, 0.0]]
-    assert binarize_mask(resize_mask(mask, (2, 2))).tolist() == [[1.0, 1.0], [0.0, 0.0]]
-
-
-def test_dilation_grows_by_its_radius_in_all_directions():
-    mask = torch.zeros(7, 7)
-    mask[3, 3] = 1
-    assert dilate_mask(mask, 0).equal(mask)
-    assert dilate_mask(mask, 1).sum() == 9 and dilate_mask(mask, 2).sum() == 25

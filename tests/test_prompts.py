@@ -5,7 +5,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mde_edit.attention_processors import align_tokens, check_prompt_length, find_token_indices, prompt_words
+from mde_edit.prompts import align_tokens, check_prompt_length, find_token_indices, prompt_words
 
 from .conftest import WORDS
 

@@ -5,14 +5,14 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 from mde_edit import MDEEditPipeline
-from mde_edit.publish import files_to_push
+from mde_edit.tools.publish import files_to_push
 
 from .conftest import make_pipe
 from .door_kit import ROOT, clone, run_script, short_edit
 from .loopback_hub import Hub
 
 
-CODE = ["attention_processors.py", "bundle.py", "inversion.py", "losses.py", "mde_pipeline.py", "pipeline.py"]
+CODE = sorted(file.name for file in ROOT.glob("*.py") if file.name != "__init__.py")  # all of it
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_push_and_load_what_was_pushed(repository, components, tmp_path):
     hub = Hub()
     script = f"""
 import sys
-from mde_edit import cli
+from mde_edit.tools import cli
 assert cli.__file__.startswith({str(repository)!r})
 assert cli.main(["push", "user/mde-edit", "--with-model", {str(model)!r}, *sys.argv[1:], "--message", "First"]) == 0
 """

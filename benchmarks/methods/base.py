@@ -42,5 +42,4 @@ class Method:
 
 def encode(pipe: MDEEditPipeline, image: Image.Image) -> torch.Tensor:
     """(1, channels, h, w) fp32, the latents z_0 of a picture."""
-    pixels = pipe.prepare_image(image, None, None).to(pipe.device, pipe.vae.dtype)
-    return pipe.vae.encode(pixels).latent_dist.mode().float() * pipe.vae.config.scaling_factor
+    return pipe.encode(pipe.prepare_image(image))

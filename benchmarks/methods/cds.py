@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from mde_edit import MDEEditPipeline
-from mde_edit.attention_processors import attention_control, attention_layers
-from mde_edit.inversion import gradient, predict
+from mde_edit.attention_processors import attention_control, attention_layers, gradient, predict
 from PIL import Image
 
 from benchmarks.cases import Case

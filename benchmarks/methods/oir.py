@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from mde_edit import MDEEditPipeline
-from mde_edit.inversion import predict
-from mde_edit.losses import binarize_mask, resize_mask
+from mde_edit.attention_processors import predict
+from mde_edit.masks import binarize_mask, resize_mask
 from PIL import Image
 
 from benchmarks.cases import Case, Region

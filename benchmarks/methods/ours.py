@@ -1,8 +1,10 @@
 """MDE-Edit in its variants, the controls that share its parts, and the floors under every method."""
 
+from dataclasses import asdict
+
 import numpy as np
-import torch
 from mde_edit import Inversion, MDEEditPipeline
+from mde_edit.denoise import PRESETS, Settings
 from PIL import Image
 
 from benchmarks.cases import Case
@@ -33,12 +35,10 @@ def reconstruction(
     pipe: MDEEditPipeline, case: Case, steps: int, seed: int, inversion: str, guidance_scale: float
 ) -> Image.Image:
     """The inversion played back with the source prompt: what an edit cannot do better in the background."""
-    latents = invert(pipe, case, steps, inversion, guidance_scale).latents[-1:]
-    with torch.no_grad():
-        return pipe.decode(latents.to(pipe.device, pipe.vae.dtype), "pil")[0][0]
+    latents = invert(pipe, case, steps, inversion, guidance_scale).source_latents(steps)
+    return pipe.decode(latents, "pil")[0][0]
 
 
-@torch.no_grad()
 def roundtrip(pipe: MDEEditPipeline, case: Case, steps: int, seed: int) -> Image.Image:
     """The autoencoder alone."""
     return pipe.decode(encode(pipe, case.image), "pil")[0][0]
@@ -50,22 +50,14 @@ def copy(pipe: MDEEditPipeline, case: Case, steps: int, seed: int) -> Image.Imag
 
 
 DIRECT = {"inversion": "direct", "guidance_scale": 2.5}
-SHARED = {**DIRECT, "oal_weight": 1.0, "ccl_weight": 0.3, "optimization_iterations": 5}
+NULL_TEXT = {"inversion": "null_text", "guidance_scale": 1.5}
+DEFAULTS = asdict(Settings())
+MDE = {**DIRECT, **DEFAULTS, "optimization_iterations": 5}
 KNOBS = {
     "inversion": ("direct", "null_text"),
     "guidance_scale": (1.5, 2.5, 4.0),
     "cross_replace_steps": (0.6, 0.8),
     "self_replace_steps": (0.2, 0.5),
-}
-OPTIONS = {
-    "cross_replace_steps": 0.8,
-    "self_replace_steps": 0.5,
-    "optimization_steps": 0.4,
-    "ccl_form": "both",
-    "step_size": 1.0,
-    "max_update": 0.02,
-    "mask_dilation": None,
-    "background_blend": 0.3,
 }
 
 METHODS = {
@@ -75,13 +67,13 @@ METHODS = {
         reconstruction,
         "floor",
         "null-text inversion (Mokady et al., CVPR 2023) played back",
-        {"inversion": "null_text", "guidance_scale": 1.5},
+        NULL_TEXT,
     ),
     "mde": Method(
         mde,
         "masks",
         "this project's defaults, at the embedded model's guidance scale and iterations",
-        {**SHARED, **OPTIONS},
+        MDE,
         {
             "guidance_scale": (2.5, 4.0, 6.0),
             "cross_replace_steps": (0.6, 0.8),
@@ -94,27 +86,14 @@ METHODS = {
         mde,
         "masks",
         "the paper's text: null-text inversion, Eq. 6 alone, lambda_2 = 1.25, no cap",
-        {
-            "inversion": "null_text",
-            "guidance_scale": 1.5,
-            **OPTIONS,
-            "oal_weight": 1.0,
-            "optimization_iterations": 15,
-            **MDEEditPipeline.presets["paper"],
-        },
+        {**NULL_TEXT, **DEFAULTS, **PRESETS["paper"]},
         {"guidance_scale": (1.5, 2.5, 4.0)},
     ),
     "mde_released": Method(
         mde,
         "masks",
         "what the official code computes: the spatial ratio at 1.5, an object loss without gradient",
-        {
-            "inversion": "null_text",
-            "guidance_scale": 1.5,
-            **OPTIONS,
-            "optimization_iterations": 15,
-            **MDEEditPipeline.presets["released"],
-        },
+        {**NULL_TEXT, **DEFAULTS, **PRESETS["released"]},
         {"guidance_scale": (1.5, 2.5, 4.0)},
     ),
     **{
@@ -122,38 +101,27 @@ METHODS = {
             mde,
             "masks",
             f"Table 2: {text}, everything else as in `mde`",
-            {**SHARED, **OPTIONS, "oal_weight": oal, "ccl_weight": ccl},
+            {**MDE, **dict.fromkeys(without, 0.0)},
         )
-        for name, text, oal, ccl in (
-            ("none", "neither loss", 0.0, 0.0),
-            ("oal", "the object loss", 1.0, 0.0),
-            ("ccl", "the color loss", 0.0, 0.3),
-            ("both", "both losses", 1.0, 0.3),
+        for name, text, without in (
+            ("none", "neither loss", ("oal_weight", "ccl_weight")),
+            ("oal", "the object loss", ("ccl_weight",)),
+            ("ccl", "the color loss", ("oal_weight",)),
+            ("both", "both losses", ()),
         )
     },
     "p2p_blend": Method(
         mde,
         "masks",
         "null-text inversion and prompt-to-prompt (Hertz et al., ICLR 2023) with our blending: the control",
-        {
-            "inversion": "null_text",
-            "guidance_scale": 1.5,
-            **OPTIONS,
-            "oal_weight": 0.0,
-            "ccl_weight": 0.0,
-        },
+        {**NULL_TEXT, **DEFAULTS, "oal_weight": 0.0, "ccl_weight": 0.0},
         {**KNOBS, "background_blend": (0.3, 0.6, 1.0)},
     ),
     "p2p": Method(
         prompt_to_prompt,
         "prompt",
         "null-text inversion and prompt-to-prompt, word swap and refinement, without LocalBlend",
-        {
-            "inversion": "null_text",
-            "guidance_scale": 1.5,
-            "cross_replace_steps": 0.8,
-            "self_replace_steps": 0.5,
-        },
+        {**NULL_TEXT, **{name: DEFAULTS[name] for name in ("cross_replace_steps", "self_replace_steps")}},
         KNOBS,
     ),
 }

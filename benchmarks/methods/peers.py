@@ -21,8 +21,7 @@ from diffusers import (
 )
 from diffusers.utils import logging
 from mde_edit import MDEEditPipeline
-from mde_edit.losses import dilate_mask, resize_mask
-from mde_edit.mde_pipeline import default_dilation
+from mde_edit.masks import edit_mask
 from PIL import Image
 
 from benchmarks.cases import Case
@@ -65,8 +64,7 @@ def random_source(seed: int) -> torch.Generator:
 def latent_mask(pipe: MDEEditPipeline, mask: np.ndarray) -> torch.Tensor:
     """(1, 1, h, w) in {0, 1}: the latents that a mask of the picture touches, grown as MDE-Edit grows its own."""
     size = tuple(side // pipe.vae_scale_factor for side in mask.shape)
-    touched = (resize_mask(torch.from_numpy(mask), size) > 0).float()
-    return dilate_mask(touched, default_dilation(size))[None, None].to(pipe.device, pipe.unet.dtype)
+    return edit_mask([torch.from_numpy(mask)], size)[None, None].to(pipe.device, pipe.unet.dtype)
 
 
 def sdedit(pipe: MDEEditPipeline, case: Case, steps: int, seed: int, **settings) -> Image.Image:

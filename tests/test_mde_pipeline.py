@@ -6,19 +6,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from mde_edit.attention_processors import (
-    Inject,
-    Record,
-    UNetExit,
-    align_maps,
-    align_tokens,
-    attention_control,
-    attention_layers,
-)
-from mde_edit.losses import dilate_mask, resize_mask
-from mde_edit.mde_pipeline import PRESETS, default_dilation
+from mde_edit import denoise
+from mde_edit.denoise import PRESETS
+from mde_edit.masks import dilate_mask, resize_mask
 
-from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe
+from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, state_of
 
 
 @pytest.fixture
@@ -195,98 +187,7 @@ def test_a_full_mask_and_a_tiny_one_work(edit):
     assert torch.isfinite(edit(object_masks={"dog": everything}, attribute_masks={"red": speck}).images).all()
 
 
-# Attention control
-
-
-def run_control(pipe, inversion, control, prompt, batch=1):
-    t, embeds = inversion.timesteps[0], pipe.embed(prompt)
-    with attention_control(pipe.unet), torch.no_grad():
-        z = inversion.latents[:1].repeat(batch, 1, 1, 1)
-        kwargs = {"control": control} if control else None
-        return pipe.unet(z, t, embeds.repeat(batch, 1, 1), cross_attention_kwargs=kwargs).sample
-
-
-@pytest.fixture
-def record(pipe, inversion):
-    layers = attention_layers(pipe.unet, (16, 24))
-    cross, own = (frozenset(layer.name for layer in layers if layer.is_cross == c) for c in (True, False))
-    record = Record(cross, own)
-    run_control(pipe, inversion, record, SOURCE)
-    return record
-
-
-def test_layers_have_the_order_and_sizes_of_a_real_pass(pipe, inversion, record):
-    """The record's dictionaries fill in execution order; the static list must name the same layers and pixels."""
-    layers = attention_layers(pipe.unet, (16, 24))
-    assert [layer.name for layer in layers if layer.is_cross] == list(record.cross)
-    assert [layer.name for layer in layers if not layer.is_cross] == list(record.self_qk)
-    assert all(record.cross[layer.name].shape == (8, layer.pixels, 77) for layer in layers if layer.is_cross)
-    odd = Record(frozenset(layer.name for layer in layers if layer.is_cross), frozenset())
-    with attention_control(pipe.unet), torch.no_grad():
-        pipe.unet(torch.zeros(1, 4, 15, 23), 1, pipe.embed(SOURCE), cross_attention_kwargs={"control": odd})
-    assert [m.shape[1] for m in odd.cross.values()] == [
-        layer.pixels for layer in attention_layers(pipe.unet, (15, 23)) if layer.is_cross
-    ]
-
-
-def test_recorded_maps_are_probabilities_and_recording_changes_nothing(pipe, inversion, record):
-    assert all(torch.allclose(m.sum(-1), torch.ones(()), atol=1e-5) for m in record.cross.values())
-    layers = frozenset(record.cross), frozenset(record.self_qk)
-    plain, recorded = (run_control(pipe, inversion, c, SOURCE) for c in (None, Record(*layers)))
-    assert torch.allclose(plain, recorded, atol=1e-4)
-
-
-def test_injecting_a_pass_into_itself_changes_nothing(pipe, inversion, record):
-    alignment = align_tokens(pipe.tokenizer, SOURCE, SOURCE)
-    control = Inject(align_maps(record.cross, alignment), alignment.shared, record.self_qk)
-    assert torch.allclose(
-        run_control(pipe, inversion, control, SOURCE), run_control(pipe, inversion, None, SOURCE), atol=1e-4
-    )
-
-
-def test_injected_maps_are_the_sources_on_shared_words_and_their_own_on_new_ones(pipe, inversion, record):
-    alignment = align_tokens(pipe.tokenizer, SOURCE, TARGET)
-    aligned = align_maps(record.cross, alignment)
-    name = next(iter(aligned))
-    for j in range(77):
-        expected = record.cross[name][..., alignment.mapper[j]] if alignment.shared[j] else torch.zeros(())
-        assert torch.equal(aligned[name][..., j], expected.expand_as(aligned[name][..., j]))
-    control = Inject(aligned, alignment.shared, {}, capture_layers=frozenset(aligned))
-    run_control(pipe, inversion, control, TARGET)
-    assert torch.allclose(control.captured[name].sum(-1), torch.ones(()), atol=1e-5)  # A*, before injection
-
-
-def test_injection_leaves_the_other_rows_alone(pipe, inversion, record):
-    alignment = align_tokens(pipe.tokenizer, SOURCE, TARGET)
-    control = Inject(align_maps(record.cross, alignment), alignment.shared, record.self_qk)
-    plain = run_control(pipe, inversion, None, TARGET, batch=2)
-    injected = run_control(pipe, inversion, control, TARGET, batch=2)
-    assert torch.allclose(plain[0], injected[0], atol=1e-4)
-    assert (plain[1] - injected[1]).abs().max() > 1e-2
-
-
-def test_a_pass_ends_where_it_is_told(pipe, inversion, record):
-    name = list(record.cross)[3]
-    control = Inject({}, torch.zeros(77, dtype=torch.bool), {}, frozenset(record.cross), exit_after=name)
-    with pytest.raises(UNetExit):
-        run_control(pipe, inversion, control, TARGET)
-    assert list(control.captured) == list(record.cross)[:4]
-
-
 # Nothing is left changed
-
-
-def state_of(pipe):
-    return (
-        {name: id(p) for name, p in pipe.unet.attn_processors.items()},
-        [p.requires_grad for p in pipe.unet.parameters()],
-        id(pipe.scheduler),
-        copy.deepcopy(dict(pipe.scheduler.config)),
-        copy.deepcopy({k: v for k, v in vars(pipe.scheduler).items() if isinstance(v, (int, float, list, type(None)))}),
-        {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()},
-        [p.grad for p in pipe.unet.parameters()],
-        torch.is_grad_enabled(),
-    )
 
 
 def failing_at(step, error):
@@ -313,7 +214,7 @@ def test_everything_is_restored_after_success_and_after_a_failing_guidance_pass(
     edit()
     pipe.invert(image, SOURCE, 2, num_inner_steps=1)
     assert state_of(pipe) == before
-    monkeypatch.setattr(pipe, "target_maps", lambda *a: 1 / 0)
+    monkeypatch.setattr(denoise, "own_maps", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         edit()
     assert state_of(pipe) == before
@@ -489,31 +390,10 @@ def test_bad_input_is_refused_before_any_pass(edit, pipe, change, message):
     assert not calls and state_of(pipe) == before
 
 
-def test_a_model_without_cross_attention_is_refused(pipe, monkeypatch, inversion):
-    monkeypatch.setattr(type(pipe.unet), "attn_processors", {"mid_block.attentions.0.to_k.processor": None})
-    with pytest.raises(ValueError, match="not of Stable Diffusion"):
-        pipe.loss_layers((16, 24), None)
-    monkeypatch.setattr(type(pipe.unet), "attn_processors", {})
-    with pytest.raises(ValueError, match="has no cross-attention"):
-        pipe.loss_layers((16, 24), None)
-
-
-def test_the_loss_level_is_the_coarsest_with_sixteen_cells(pipe):
-    side = lambda size, r=None: min(pipe.loss_layers(size, r)[0].size)  # noqa: E731
-    assert side((64, 64)) == 16 and side((96, 64)) == 16 and side((16, 24)) == 16
-    assert side((8, 12)) == 8  # nothing has sixteen: the finest
-    assert side((64, 64), 32) == 32
-
-
-@pytest.mark.parametrize("size,cells", [((16, 24), 0), ((32, 32), 0), ((64, 64), 1), ((64, 96), 1), ((128, 96), 2)])
-def test_default_dilation_is_one_cell_at_stable_diffusions_size(size, cells):
-    assert default_dilation(size) == cells
-
-
 @pytest.mark.parametrize("poison", ["loss", "latents"])
 def test_non_finite_numbers_stop_the_run_and_say_what_to_try(edit, pipe, monkeypatch, poison):
     if poison == "loss":
-        monkeypatch.setattr(pipe, "target_maps", lambda z, *a: (z.sum() * float("nan")).expand(24, 384, 77))
+        monkeypatch.setattr(denoise, "own_maps", lambda unet, z, *a: (z.sum() * float("nan")).expand(24, 384, 77))
         with pytest.raises(FloatingPointError, match="iteration 0 .*Lower `step_size`"):
             edit()
     else:

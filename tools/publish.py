@@ -3,18 +3,14 @@
 
 import json
 from pathlib import Path
-from typing import Dict, Optional
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from .bundle import self_contained_source
-from .mde_pipeline import MODULE_NAME
+from ..bundle import imported_modules, self_contained_source
+from ..mde_pipeline import MDEEditPipeline
 
 
-CODE = ("attention_processors", "bundle", "inversion", "losses", "mde_pipeline", "pipeline")
-
-
-def files_to_push(root: Path, model: Optional[Path] = None) -> Dict[str, bytes]:
+def files_to_push(root: Path, model: Path | None = None) -> dict[str, bytes]:
     """The repository's content, {path: bytes}, such that `custom_pipeline="user/name"` finds the code.
 
     Args:
@@ -25,7 +21,8 @@ def files_to_push(root: Path, model: Optional[Path] = None) -> Dict[str, bytes]:
     Raises:
         ValueError: `root` or `model` lacks a file that has to go.
     """
-    sources = {f"{name}.py": root / f"{name}.py" for name in CODE}
+    entry = root / "pipeline.py"
+    sources = {module.name: module for module in (imported_modules(entry) if entry.is_file() else [entry])}
     sources |= {"LICENSE": root / "LICENSE", "README.md": root / "model_card.md"}
     if model is not None:
         sources["model_index.json"] = model / "model_index.json"
@@ -36,13 +33,13 @@ def files_to_push(root: Path, model: Optional[Path] = None) -> Dict[str, bytes]:
         raise ValueError(f"{', '.join(missing)} not found: push from a clone of the repository, and a saved pipeline.")
     files = {name: path.read_bytes() for name, path in sources.items()}
     if model is not None:
-        index = {**json.loads(files["model_index.json"]), "_class_name": [MODULE_NAME, "MDEEditPipeline"]}
+        index = {**json.loads(files["model_index.json"]), "_class_name": MDEEditPipeline._index_name()}
         files["model_index.json"] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-        files[f"{MODULE_NAME}.py"] = self_contained_source(root / "mde_pipeline.py").encode()
+        files[f"{MDEEditPipeline.module_name}.py"] = self_contained_source(root / "mde_pipeline.py").encode()
     return dict(sorted(files.items()))
 
 
-def push(repo_id: str, files: Dict[str, bytes], message: str, private: bool) -> str:
+def push(repo_id: str, files: dict[str, bytes], message: str, private: bool) -> str:
     """Create the repository if there is none and put `files` into it as one commit; returns the commit's address."""
     api = HfApi()
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

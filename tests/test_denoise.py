@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from mde_edit.attention_processors import align_tokens, attention_layers
-from mde_edit.losses import binarize_mask, dilate_mask, resize_mask
+from mde_edit.attention_processors import attention_layers
+from mde_edit.masks import binarize_mask, dilate_mask, resize_mask
+from mde_edit.prompts import align_tokens
 
 from .conftest import SOURCE, TARGET, count_unet_calls, make_pipe
 from .oracle import naive_edit

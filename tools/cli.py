@@ -2,47 +2,31 @@
 """The command line: `mde-edit invert`, `edit` and, to share the pipeline, `bundle` and `push`; each has `--help`."""
 
 import argparse
-import inspect
 import json
 import platform
 import sys
-import textwrap
-import time
-from collections import Counter
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import get_args
 
 import diffusers
-import numpy as np
 import PIL.Image
 import torch
 import transformers
 from diffusers.utils import load_image
 
-from .bundle import self_contained_source
-from .inversion import INVERSION_METHODS, Inversion
-from .losses import dilate_mask, resize_mask
-from .mde_pipeline import CCL_FORMS, PRESETS, MDEEditPipeline, as_binary_mask, default_dilation
+from ..bundle import self_contained_source
+from ..denoise import PRESETS, Settings
+from ..inversion import INVERSION_METHODS, Inversion
+from ..masks import as_binary_mask, edit_mask, resize_mask
+from ..mde_pipeline import MDEEditPipeline
+from .measure import as_array, measured, peak_memory_mib, psnr
 from .publish import files_to_push, push
+from .sheet import draw_sheet
 
 
-EDIT_SETTINGS = {  # settings of `MDEEditPipeline.__call__` that are plain numbers or names: one flag each
-    "cross_replace_steps": float,
-    "self_replace_steps": float,
-    "oal_weight": float,
-    "ccl_weight": float,
-    "ccl_form": str,
-    "optimization_steps": float,
-    "optimization_iterations": int,
-    "optimization_tolerance": float,
-    "step_size": float,
-    "max_update": float,
-    "attention_resolution": int,
-    "mask_dilation": int,
-    "background_blend": float,
-    "eta": float,
-}
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def word_and_mask(text: str):
@@ -101,16 +85,15 @@ def build_parser() -> argparse.ArgumentParser:
     hub.add_argument("--dry-run", action="store_true", help="only list what would go")
     hub.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     hub.add_argument("--message", default="Upload MDE-Edit", help="of the commit")
-    defaults = inspect.signature(MDEEditPipeline.__call__).parameters
-    for name, kind in EDIT_SETTINGS.items():
-        choices = CCL_FORMS if name == "ccl_form" else None
-        edit.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, choices=choices, help=f"default: {defaults[name].default}"
-        )
+    for setting in fields(Settings):  # one flag each
+        kind = (get_args(setting.type) or (setting.type,))[0]
+        choices = setting.metadata["choices"] or None
+        flag = f"--{setting.name.replace('_', '-')}"
+        edit.add_argument(flag, type=kind, choices=choices, help=f"default: {setting.default}")
     return parser
 
 
-def read_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags over the config file's settings over the defaults; `object` and `attribute` as {word: path}."""
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -146,101 +129,6 @@ def load_pipeline(args: argparse.Namespace) -> MDEEditPipeline:
     return pipe if args.dtype == "float32" else pipe.to(getattr(torch, args.dtype))
 
 
-@contextmanager
-def measured(pipe: MDEEditPipeline):
-    """Seconds and U-Net passes of what runs inside: forwards, their rows, and how many ran to the U-Net's end."""
-    record, start = Counter(forwards=0, rows=0, whole=0), time.perf_counter()
-
-    def before(module, inputs):
-        record.update(forwards=1, rows=len(inputs[0]))
-
-    hooks = [
-        pipe.unet.register_forward_pre_hook(before),
-        pipe.unet.register_forward_hook(lambda *_: record.update(whole=1)),
-    ]
-    try:
-        yield record
-    finally:
-        record["seconds"] = round(time.perf_counter() - start, 2)
-        for hook in hooks:
-            hook.remove()
-
-
-def peak_memory_mib() -> Optional[int]:
-    """Peak memory of this process (the device's on CUDA), or None where the system does not tell."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() >> 20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> 20 if platform.system() == "Darwin" else peak >> 10
-
-
-def as_array(image: PIL.Image.Image) -> np.ndarray:
-    """(height, width, 3) float64 in [0, 1]."""
-    return np.asarray(image.convert("RGB"), dtype=np.float64) / 255
-
-
-def psnr(a: np.ndarray, b: np.ndarray, where: Optional[np.ndarray] = None) -> Optional[float]:
-    """PSNR in dB of two pictures, over the pixels of a boolean mask; None if it has none."""
-    error = ((a - b) ** 2).mean(axis=-1)
-    error = error if where is None else error[where]
-    return None if error.size == 0 else round(float(-10 * np.log10(max(error.mean(), 1e-12))), 2)
-
-
-def overlay(image: PIL.Image.Image, heat: np.ndarray) -> PIL.Image.Image:
-    """A map over a grey version of the picture. heat: (h, w) in [0, 1]."""
-    from matplotlib import colormaps
-
-    heat_image = PIL.Image.fromarray((colormaps["inferno"](heat)[..., :3] * 255).astype(np.uint8))
-    return PIL.Image.blend(image.convert("L").convert("RGB"), heat_image.resize(image.size, PIL.Image.BICUBIC), 0.65)
-
-
-def draw_sheet(path: Path, source, output, masks: Sequence, source_prompt: str, prompt: str) -> None:
-    """Everything to look at on one page: pictures, masks, attention before and after guidance, losses.
-
-    masks: pairs of key and (height, width) binary mask, objects then attributes.
-    """
-    from matplotlib.figure import Figure
-
-    reconstruction, edited = output.source_images[0], output.images[0]
-    pictures = [(source, f"source\n{textwrap.fill(source_prompt, 36)}")]
-    for key, mask in masks:
-        shape = np.asarray(PIL.Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(source.size)) / 255
-        pictures.append((overlay(source, 0.15 + 0.7 * shape), f"mask of {key!r}"))
-    pictures += [(reconstruction, "reconstruction"), (edited, f"edit\n{textwrap.fill(prompt, 36)}")]
-    attention = []
-    for key, steps in output.attention_maps[0].items():  # (guided steps, before/after, h, w)
-        first, last = steps[0, 0].numpy(), steps[-1, 1].numpy()
-        peak = max(first.max(), last.max(), 1e-8)
-        attention.append((overlay(reconstruction, first / peak), f"attention of {key!r}\nstep 1, before guidance"))
-        attention.append((overlay(edited, last / peak), f"attention of {key!r}\nstep {len(steps)}, after guidance"))
-
-    columns = max(len(pictures), len(attention) + 1)
-    figure = Figure(figsize=(2.6 * columns, 6), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1)
-    axes = figure.subplots(2, columns)
-    for axis in axes.flatten():
-        axis.axis("off")
-    for row, panels in zip(axes, (pictures, attention)):
-        for axis, (image, title) in zip(row, panels):
-            axis.imshow(image, interpolation="nearest")
-            axis.set_title(title, fontsize=8)
-    if output.losses[0]:
-        axis = axes[1, len(attention)]
-        axis.axis("on")
-        for name, label in (("oal", "OAL"), ("ccl", "CCL")):
-            values = [entry[name] for entry in output.losses[0] if name in entry]
-            if values:
-                axis.plot(values, label=label, linewidth=1)
-        axis.set_title("losses per guidance iteration", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-
-
 def run_invert(args: argparse.Namespace, pipe: MDEEditPipeline, image: PIL.Image.Image) -> Inversion:
     return pipe.invert(
         image,
@@ -253,23 +141,24 @@ def run_invert(args: argparse.Namespace, pipe: MDEEditPipeline, image: PIL.Image
     )
 
 
-def run_edit(args: argparse.Namespace) -> Dict:
+def run_edit(args: argparse.Namespace) -> dict:
     """Invert (unless given), edit, write the four files; returns what run.json holds."""
     out = Path(args.out)
     pipe = load_pipeline(args)
     objects, attributes = (
-        {mask_key(word): PIL.Image.open(path) for word, path in (given or {}).items()}
-        for given in (args.object, args.attribute)
+        {mask_key(word): PIL.Image.open(path) for word, path in (masks or {}).items()}
+        for masks in (args.object, args.attribute)
     )
-    given = {name: getattr(args, name) for name in EDIT_SETTINGS if getattr(args, name) is not None}
-    settings = {**PRESETS.get(args.preset, {}), **given}
+    flags = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
+    settings = {**PRESETS.get(args.preset, {}), **{name: value for name, value in flags.items() if value is not None}}
     if args.inversion:
         inversion, inverted = Inversion.load(args.inversion), None
     else:
         image = load_image(args.image)
-        with measured(pipe) as inverted:
+        with measured(pipe.unet) as inverted:
             inversion = run_invert(args, pipe, image)
-    with measured(pipe) as edited:
+        inverted["seconds"] = round(inverted["seconds"], 2)
+    with measured(pipe.unet) as edited:
         output = pipe(
             prompt=args.prompt,
             inversion=inversion,
@@ -279,26 +168,21 @@ def run_edit(args: argparse.Namespace) -> Dict:
             output_attention_maps=True,
             **settings,
         )
+    edited["seconds"] = round(edited["seconds"], 2)
     out.mkdir(parents=True, exist_ok=True)
     output.images[0].save(out / "edited.png")
     output.source_images[0].save(out / "reconstruction.png")
 
-    # The picture the latents stand for; without the file, the reconstruction is the best there is.
-    source = image.convert("RGB").resize(output.images[0].size) if not args.inversion else output.source_images[0]
-    size = tuple(inversion.latents.shape[-2:])
+    # The picture in the size in which it was inverted; without its file, the reconstruction is the nearest.
+    if args.inversion:
+        source = output.source_images[0]
+    else:
+        source = pipe.image_processor.postprocess(pipe.prepare_image(image, args.height, args.width), "pil")[0]
+    latent_size = tuple(inversion.latents.shape[-2:])
     # pairs, not a dictionary: a word may be an object and an attribute at once
-    given = [*objects.items(), *attributes.items()]
-    binary = [(key, as_binary_mask(mask, repr(key), size)) for key, mask in given]
-    draw_sheet(out / "sheet.png", source, output, binary, inversion.prompt, args.prompt)
-    height, width = source.size[::-1]
-    background, strict = np.ones((height, width), bool), np.ones((height, width), bool)
-    for _, mask in binary:
-        background &= (resize_mask(mask, (height, width)) < 0.5).numpy()
-        cells = dilate_mask(
-            (resize_mask(mask, size) > 0).float(), settings.get("mask_dilation", default_dilation(size))
-        )
-        strict &= (resize_mask(cells, (height, width)) == 0).numpy()
-    x, y, z = (as_array(i) for i in (source, output.images[0], output.source_images[0]))
+    pairs = [*objects.items(), *attributes.items()]
+    masks = [(key, as_binary_mask(mask, repr(key), latent_size)) for key, mask in pairs]
+    draw_sheet(out / "sheet.png", source, output, masks, inversion.prompt, args.prompt)
     run = {
         "settings": {k: v for k, v in vars(args).items() if v is not None and k not in ("config", "out", "device")},
         "device": str(pipe.device),
@@ -309,9 +193,7 @@ def run_edit(args: argparse.Namespace) -> Dict:
         "inversion": inverted,
         "edit": edited,
         "guidance_iterations": len(output.losses[0]),
-        "reconstruction_psnr": None if args.inversion else psnr(x, z),
-        "background_psnr": psnr(x, y, background),
-        "background_psnr_strict": psnr(x, y, strict),
+        **closeness(args, source, output, [mask for _, mask in masks], latent_size, settings.get("mask_dilation")),
         "peak_memory_mib": peak_memory_mib(),
         "losses": output.losses[0],
     }
@@ -319,7 +201,26 @@ def run_edit(args: argparse.Namespace) -> Dict:
     return run
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def closeness(args, source, output, masks, latent_size, mask_dilation) -> dict[str, float | None]:
+    """PSNRs in dB against the picture that was inverted; None where there is nothing to compare.
+
+    `background_psnr` is outside the masks, its strict form outside all that M of Eq. 7-8 let change.
+    """
+    height, width = source.size[::-1]
+    background, strict = torch.ones(2, height, width, dtype=torch.bool)
+    for mask in masks:
+        background &= resize_mask(mask, (height, width)) < 0.5
+    strict &= resize_mask(edit_mask(masks, latent_size, mask_dilation), (height, width)) == 0
+    x, y, z = (as_array(image) for image in (source, output.images[0], output.source_images[0]))
+    figures = {
+        "reconstruction_psnr": psnr(x, z) if not args.inversion else float("nan"),
+        "background_psnr": psnr(x, y, background.numpy()),
+        "background_psnr_strict": psnr(x, y, strict.numpy()),
+    }
+    return {name: None if value != value else round(value, 2) for name, value in figures.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
     args = read_arguments(argv)
     try:
         if args.command == "invert":
@@ -327,12 +228,12 @@ def main(argv: Optional[List[str]] = None) -> int:
             run_invert(args, pipe, load_image(args.image)).save(args.out)
             message = f"wrote {args.out}"
         elif args.command == "bundle":
-            source = self_contained_source(Path(__file__).with_name("mde_pipeline.py"))
+            source = self_contained_source(MDEEditPipeline.source_file)
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             Path(args.out).write_text(source, encoding="utf-8")
             message = f"wrote {args.out}"
         elif args.command == "push":
-            files = files_to_push(Path(__file__).parent, Path(args.with_model) if args.with_model else None)
+            files = files_to_push(ROOT, Path(args.with_model) if args.with_model else None)
             listing = "".join(f"{len(data):>10}  {path}\n" for path, data in files.items())
             summary = f"{len(files)} files, {sum(map(len, files.values()))} bytes"
             if args.dry_run:

@@ -1,0 +1,343 @@
+# Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
+"""One step of the paper, z*_t -> z*_{t-1}, as functions: what is recorded, injected, guided and blended (Eq. 2-8).
+
+[`Settings`] says how, [`Edit`] what, [`Run`] holds what every step needs; [`record_source`] and [`edit_step`] are the
+step, [`guide_latents`] its gradient descent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, get_args
+
+import torch
+
+from .attention_processors import (
+    AttentionLayer,
+    Inject,
+    Record,
+    align_maps,
+    gradient,
+    own_maps,
+    predict,
+    stack_maps,
+)
+from .inversion import Inversion
+from .losses import aggregate_maps, color_consistency_loss, object_alignment_loss, spatial_ratio_loss, word_map
+from .prompts import TokenAlignment, WordKey
+
+
+CCL_FORMS = ("token_ratio", "spatial_ratio", "both")
+# Named settings of an edit: `pipe(prompt, inversion, object_masks=..., **pipe.presets["paper"])`.
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's text: Eq. 6 alone, lambda_2 = 1.25, no trust cap.
+    "paper": {"ccl_form": "token_ratio", "ccl_weight": 1.25, "max_update": None},
+    # What the official code computes: an object loss without gradient, the spatial ratio at its hard-coded weight.
+    "released": {"oal_weight": 0.0, "ccl_form": "spatial_ratio", "ccl_weight": 1.5, "max_update": None},
+    # More iterations did not pay in emoji-bench (benchmarks/tuning.md), nor more steps than 10 of a "direct" inversion.
+    "fast": {"optimization_iterations": 2},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an edit is made of
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _setting(default, low: float | None = None, high: float | None = None, choices: Sequence[str] = ()):
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an edit is made: the settings of [`MDEEditPipeline.__call__`], which documents them, with default and range.
+
+    Raises:
+        ValueError: a value of another type or out of its range; names the setting and says what it can be.
+    """
+
+    cross_replace_steps: float = _setting(0.8, 0, 1)
+    self_replace_steps: float = _setting(0.5, 0, 1)
+    oal_weight: float = _setting(1.0, 0)
+    ccl_weight: float = _setting(0.3, 0)
+    ccl_form: str = _setting("both", choices=CCL_FORMS)
+    optimization_steps: float = _setting(0.4, 0, 1)
+    optimization_iterations: int = _setting(15, 0)
+    optimization_tolerance: float = _setting(0.0, 0)
+    step_size: float = _setting(1.0, 0)
+    max_update: float | None = _setting(0.02, 0)
+    attention_resolution: int | None = _setting(None, 1)
+    mask_dilation: int | None = _setting(None, 0)
+    background_blend: float = _setting(0.3, 0, 1)
+    eta: float = _setting(0.0, 0, 1)
+
+    def __post_init__(self):
+        for setting in fields(self):
+            check_setting(setting.name, getattr(self, setting.name), setting.type, **setting.metadata)
+
+
+def check_setting(name: str, value, kind, low=None, high=None, choices: Sequence[str] = ()) -> None:
+    """Raise `ValueError` unless `value` is of `kind` (`int`, `float`, `str`, or one of them `| None`) and in range."""
+    kinds = get_args(kind) or (kind,)
+    if value is None and type(None) in kinds:
+        return
+    if choices:
+        if value not in choices:
+            raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
+        return
+    whole = int in kinds
+    if not isinstance(value, int if whole else (int, float)) or not low <= value <= (high or float("inf")):
+        span = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ValueError(f"`{name}` is {value!r}: use a {'whole ' if whole else ''}number {span}.")
+
+
+class Region(NamedTuple):
+    """An edited word and where it belongs.
+
+    key: how the user named it. token_indices: its tokens in the target prompt.
+    mask: (pixels,) its mask S at the loss level, in the form that its loss reads: an object's as covered share, an
+    attribute's in {0, 1}.
+    """
+
+    key: WordKey
+    token_indices: tuple[int, ...]
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One target prompt, ready for the loop.
+
+    prompt_embeds: (1, tokens, dim). alignment: with the source prompt, edited words counted as new.
+    objects, attributes: the regions of OAL and CCL. mask: (1, 1, h, w) bool, M of Eq. 7-8, or None without masks (then
+    there is nothing to hold the edit to).
+    """
+
+    prompt_embeds: torch.Tensor
+    alignment: TokenAlignment
+    objects: Sequence[Region]
+    attributes: Sequence[Region]
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all steps and all target prompts of one call share, and which mechanism acts at which step.
+
+    scheduler: a `DDIMScheduler`, timesteps set. inversion: on the U-Net's device. source_embeds: (1, tokens, dim).
+    layers: all of the U-Net's attention layers; loss_layers: those the losses read. generator: of the noise that `eta`
+    adds. capture_maps: whether [`Step.maps`] is asked for.
+    """
+
+    unet: torch.nn.Module
+    scheduler: Any
+    inversion: Inversion
+    source_embeds: torch.Tensor
+    guidance_scale: float
+    settings: Settings
+    layers: Sequence[AttentionLayer]
+    loss_layers: Sequence[AttentionLayer]
+    generator: torch.Generator | None = None
+    capture_maps: bool = False
+
+    def steps(self, share: float) -> int:
+        """A share of the steps as their number."""
+        return round(share * self.inversion.num_inference_steps)
+
+    def injects_cross(self, i: int) -> bool:
+        return i < self.steps(self.settings.cross_replace_steps)
+
+    def injects_self(self, i: int) -> bool:
+        return i < self.steps(self.settings.self_replace_steps)
+
+    def optimizes(self, i: int) -> bool:
+        return i < self.steps(self.settings.optimization_steps)
+
+    def blends(self, i: int) -> bool:
+        return i >= self.inversion.num_inference_steps - self.steps(self.settings.background_blend)
+
+    def has_losses(self, edit: Edit) -> bool:
+        weighted = (edit.objects and self.settings.oal_weight) or (edit.attributes and self.settings.ccl_weight)
+        return bool(weighted) and self.settings.optimization_iterations > 0
+
+    def reads_source(self, edit: Edit) -> bool:
+        """Whether Eq. 6 needs the source's maps at every guided step, inside the injection window or not."""
+        return bool(edit.attributes and self.settings.ccl_weight) and self.settings.ccl_form != "spatial_ratio"
+
+
+class Step(NamedTuple):
+    """What [`edit_step`] gives back.
+
+    latents: (1, channels, h, w) fp32, z*_{t-1}. losses: an entry per iteration of the latent guidance.
+    maps: of the edited words, {key: (2, h, w)}, aggregated (Eq. 4) before and after the latent guidance; empty unless
+    the run captures maps and this step is one that optimizes.
+    """
+
+    latents: torch.Tensor
+    losses: list[dict[str, float]]
+    maps: dict[WordKey, torch.Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def record_source(run: Run, i: int, t: torch.Tensor, edits: Sequence[Edit]) -> Record:
+    """Eq. 2 for the source prompt: one pass records what this step's injection and losses read; none if nothing does.
+
+    Self-attention is recorded in the layers of at most half the latents' resolution.
+    """
+    cross_layers, self_layers = (), ()
+    if run.injects_cross(i):
+        cross_layers = [layer for layer in run.layers if layer.is_cross]
+    elif run.optimizes(i) and any(run.reads_source(edit) for edit in edits):
+        cross_layers = run.loss_layers
+    if run.injects_self(i):
+        h, w = run.inversion.latents.shape[-2:]
+        half = ((h + 1) // 2) * ((w + 1) // 2)
+        self_layers = [layer for layer in run.layers if not layer.is_cross and layer.pixels <= half]
+    record = Record(*(frozenset(layer.name for layer in layers) for layers in (cross_layers, self_layers)))
+    if cross_layers or self_layers:
+        predict(run.unet, run.inversion.source_latents(i), t, run.source_embeds, record)
+    return record
+
+
+def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Edit, source: Record) -> Step:
+    """One step of one target prompt, z*_t -> z*_{t-1}.
+
+    Args:
+        latents: (1, channels, h, w) fp32, z*_t.
+        source: what [`record_source`] recorded at this step.
+    """
+    aligned = align_maps(source.cross, edit.alignment)
+    inject = Inject(aligned if run.injects_cross(i) else {}, edit.alignment.shared, source.self_qk)  # Eq. 3
+
+    losses, before = [], None
+    if run.optimizes(i) and run.has_losses(edit):  # Eq. 4-7
+        shared = stack_maps(aligned, run.loss_layers).sum(dim=-1) if run.reads_source(edit) else None
+        latents, losses, before = guide_latents(run, t, latents, edit, inject, shared)
+
+    if run.capture_maps and run.optimizes(i):
+        inject = replace(inject, capture_layers=frozenset(layer.name for layer in run.loss_layers))
+    if run.guidance_scale > 1:  # classifier-free guidance
+        embeds = torch.cat([run.inversion.null_embed(i).to(edit.prompt_embeds), edit.prompt_embeds])
+        null, cond = predict(run.unet, latents.repeat(2, 1, 1, 1), t, embeds, inject).chunk(2)
+        noise = null + run.guidance_scale * (cond - null)
+    else:
+        noise = predict(run.unet, latents, t, edit.prompt_embeds, inject)
+    latents = run.scheduler.step(noise, t, latents, eta=run.settings.eta, generator=run.generator).prev_sample
+
+    if edit.mask is not None and run.blends(i):  # Eq. 8: outside M the picture is the source's
+        latents = torch.where(edit.mask, latents, run.inversion.source_latents(i + 1))
+    return Step(latents, losses, edited_maps(run, edit, before, inject.captured))
+
+
+def guide_latents(
+    run: Run,
+    t: torch.Tensor,
+    latents: torch.Tensor,
+    edit: Edit,
+    inject: Inject,
+    shared_attention: torch.Tensor | None,
+) -> tuple[torch.Tensor, list[dict[str, float]], torch.Tensor]:
+    r"""
+    The latent guidance of one step (Eq. 7-8): z* <- z* - M * clamp(delta * grad(lambda_1 OAL + lambda_2 CCL), -c, c),
+    several times, with delta = step_size * sigma_t and c = max_update * rms(z* in M).
+
+    The cap is element-wise: a global rescale would couple the regions, so that a large object gradient would shrink an
+    attribute's step.
+
+    Args:
+        latents: (1, channels, h, w) fp32, z*.
+        inject: what the target's passes inject at this step.
+        shared_attention: (heads, pixels), sum_j A_j of Eq. 6, where the losses read it.
+
+    Returns:
+        the moved latents (outside M bit-identical), the loss history, and the maps (heads, pixels, tokens) before.
+
+    Raises:
+        FloatingPointError: loss or gradient left the finite numbers.
+    """
+    settings = run.settings
+    sigma = noise_level(run.scheduler, t)
+    inside = edit.mask.expand_as(latents)
+    history, first_maps = [], None
+    for iteration in range(settings.optimization_iterations):
+        with torch.enable_grad():
+            latents = latents.detach().requires_grad_()
+            maps = own_maps(run.unet, latents, t, edit.prompt_embeds, inject, run.loss_layers)
+            losses = edit_losses(maps, shared_attention, edit, settings)
+            grad = gradient(losses["loss"], latents, run.unet.dtype)
+        if not (torch.isfinite(losses["loss"]) and torch.isfinite(grad).all()):
+            raise FloatingPointError(
+                f"The latent guidance left the finite numbers at timestep {int(t)}, iteration {iteration} (loss"
+                f" {losses['loss'].item()}). Lower `step_size` or `max_update`, or load the U-Net in float32."
+            )
+        first_maps = maps.detach() if first_maps is None else first_maps
+        latents = latents.detach()
+        update, capped = settings.step_size * sigma * grad, 0.0
+        if settings.max_update is not None:
+            cap = settings.max_update * latents[inside].square().mean().sqrt()
+            capped = (update[inside].abs() > cap).float().mean().item()
+            update = update.clamp(-cap, cap)
+        latents = torch.where(inside, latents - update, latents)
+        history.append({"iteration": iteration, "capped": capped, **{k: v.item() for k, v in losses.items()}})
+        if iteration and abs(history[-2]["loss"] - history[-1]["loss"]) < settings.optimization_tolerance:
+            break
+    return latents, history, first_maps
+
+
+def edit_losses(
+    maps: torch.Tensor, shared_attention: torch.Tensor | None, edit: Edit, settings: Settings
+) -> dict[str, torch.Tensor]:
+    """The losses of one target prompt on its own maps, each only where it is asked for.
+
+    Args:
+        maps: (heads, pixels, tokens), A* of the loss layers.
+        shared_attention: (heads, pixels), sum_j A_j of Eq. 6.
+
+    Returns:
+        scalars "oal" (Eq. 5, summed over objects), "ccl" (Eq. 6 or its alternatives, summed over attributes) and
+        "loss", lambda_1 OAL + lambda_2 CCL (Eq. 7).
+    """
+    losses = {"loss": maps.new_zeros(())}
+    if edit.objects and settings.oal_weight:
+        attention = torch.stack([aggregate_maps(maps, r.token_indices) for r in edit.objects])  # (objects, pixels)
+        losses["oal"] = object_alignment_loss(attention, torch.stack([r.mask for r in edit.objects]))
+        losses["loss"] = losses["loss"] + settings.oal_weight * losses["oal"]
+    if edit.attributes and settings.ccl_weight:
+        terms = []
+        for region in edit.attributes:
+            attention = word_map(maps, region.token_indices)  # (heads, pixels)
+            if settings.ccl_form != "spatial_ratio":
+                terms.append(color_consistency_loss(attention, shared_attention, region.mask))
+            if settings.ccl_form != "token_ratio":
+                terms.append(spatial_ratio_loss(attention, region.mask))
+        losses["ccl"] = torch.stack(terms).sum()
+        losses["loss"] = losses["loss"] + settings.ccl_weight * losses["ccl"]
+    return losses
+
+
+def noise_level(scheduler, t: torch.Tensor) -> float:
+    """sigma_t = sqrt((1 - alpha_bar) / alpha_bar), by which Eq. 7's step shrinks as the picture appears."""
+    # Where z* has all noise and no picture (zero terminal SNR), sigma_t is infinite: the cap decides there.
+    alpha_bar = max(scheduler.alphas_cumprod[t.cpu()].item(), 1e-8)
+    return ((1 - alpha_bar) / alpha_bar) ** 0.5
+
+
+def edited_maps(
+    run: Run, edit: Edit, before: torch.Tensor | None, captured: dict[str, torch.Tensor]
+) -> dict[WordKey, torch.Tensor]:
+    """[`Step.maps`] from the maps before the latent guidance (heads, pixels, tokens), if there was any, and those that
+    the step's last pass captured."""
+    if not captured:
+        return {}
+    after = stack_maps(captured, run.loss_layers)
+    pair = (after if before is None else before, after)
+    size = run.loss_layers[0].size
+    # by key: a word may be an object and an attribute at once
+    words = {region.key: region.token_indices for region in (*edit.objects, *edit.attributes)}
+    return {
+        key: torch.stack([aggregate_maps(maps, indices) for maps in pair]).reshape(2, *size).cpu()
+        for key, indices in words.items()
+    }
