@@ -1,6 +1,7 @@
 """The edit as a whole, on a tiny pipeline of Stable Diffusion 1.4's shape."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -294,6 +295,22 @@ def test_output_types(edit, output_type, kind):
     assert isinstance(out.images[0] if output_type == "pil" else out.images, kind)
     as_tuple = edit(output_type=output_type, return_dict=False)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == 5 and out.nsfw_content_detected is None
+
+
+def test_the_source_is_decoded_once_per_inversion_and_vae(pipe, inversion, masks, monkeypatch):
+    inversion = replace(inversion)  # one that no test has decoded
+    decoded, decode = [], pipe.decode_pixels
+    monkeypatch.setattr(
+        pipe, "decode_pixels", lambda z: decoded.append(torch.equal(z, inversion.latents[-1:])) or decode(z)
+    )
+    first, again = (pipe(TARGET, inversion, object_masks={"dog": masks[0]}, output_type="pt") for _ in range(2))
+    assert decoded == [False, True, False] and torch.equal(first.source_images, again.source_images)
+    first.source_images.zero_()  # what a user does with one result is not the next one's
+    assert torch.equal(pipe(TARGET, inversion, output_type="pt").source_images, again.source_images)
+    pipe.vae = copy.deepcopy(pipe.vae)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.data += 0.1
+    assert not torch.equal(pipe(TARGET, inversion, output_type="pt").source_images, again.source_images)
 
 
 def test_callbacks_see_and_replace_latents_and_can_stop(edit, pipe):
