@@ -12,6 +12,7 @@ demo: $(VENV)/demo
 
 examples: $(VENV)/demo
 	for case in examples/*/; do $(BIN)/mde-edit edit --config $$case/edit.json --out $$case || exit 1; done
+	$(BIN)/python examples/strip.py
 
 # The embedded model's training, stage by stage; see training/README.md.
 train: $(VENV)/train

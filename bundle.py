@@ -55,7 +55,7 @@ def self_contained_source(path: Path) -> str:
                 members.setdefault(node.module, set()).update(ast.unparse(alias) for alias in node.names)
             if isinstance(node, (ast.Import, ast.ImportFrom)) or node is tree.body[0]:
                 lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
-        licence = lines.pop(0)
+        license_line = lines.pop(0)
         body = "\n".join(line for line in lines if line is not None).strip("\n")
         about = "".join(f"# {line}".rstrip() + "\n" for line in ast.get_docstring(tree).splitlines())
         rule = "# " + "=" * 117 + "\n"
@@ -65,7 +65,7 @@ def self_contained_source(path: Path) -> str:
     imports = [(name.split(".")[0], f"import {name}") for name in sorted(plain)]
     imports += [(m.split(".")[0], f"from {m} import {', '.join(sorted(members[m]))}") for m in sorted(members)]
     standard, foreign = ("\n".join(i for m, i in imports if (m in sys.stdlib_module_names) == s) for s in (True, False))
-    return f"{licence}\n{docstring}\n{standard}\n\n{foreign}\n\n\n" + "\n\n".join(bodies)
+    return f"{license_line}\n{docstring}\n{standard}\n\n{foreign}\n\n\n" + "\n\n".join(bodies)
 
 
 class CarriesItsCode:

@@ -475,7 +475,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 PIL, numpy or torch, any resolution, white (at least half of the range) = edit; they may overlap. One
                 dict for all prompts, or a list with one per prompt.
             attribute_masks (`dict`, *optional*):
-                Per color, texture or other attribute word, its region S, for the Colour Consistency Loss.
+                Per color, texture or other attribute word, its region S, for the Color Consistency Loss.
             num_inference_steps (`int`, *optional*):
                 The inversion's; another number is an error.
             guidance_scale (`float`, *optional*):

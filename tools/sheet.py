@@ -10,7 +10,7 @@ import PIL.Image
 
 
 def overlay(image: PIL.Image.Image, heat: np.ndarray) -> PIL.Image.Image:
-    """A map over a grey version of the picture. heat: (h, w) in [0, 1]."""
+    """A map over a gray version of the picture. heat: (h, w) in [0, 1]."""
     from matplotlib import colormaps
 
     heat_image = PIL.Image.fromarray((colormaps["inferno"](heat)[..., :3] * 255).astype(np.uint8))
