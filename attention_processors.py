@@ -6,10 +6,12 @@ Inside [`attention_control`] every layer obeys the [`Record`] or [`Inject`] that
 """
 
 import re
+import threading
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -224,26 +226,86 @@ class MDEAttnProcessor:
         return out
 
 
+_LOCKS: WeakKeyDictionary = WeakKeyDictionary()  # U-Net or tokenizer -> its lock, whichever pipelines share it
+_STANCE = threading.RLock()  # held while one of the next two changes
+_COMPILED: set["_Control"] = set()  # controls of compiled U-Nets at work
+_STANCE_BEFORE = []  # what puts back the compiler's stance that was there before the first of them
+
+
+def lock_of(part):
+    """The lock that makes the uses of one U-Net or tokenizer follow each other, in whichever threads and pipelines.
+    Re-entrant: its holder may call again, as in a callback. (A fast tokenizer at work borrows its own settings, and a
+    second thread fails.)"""
+    return _LOCKS.setdefault(getattr(part, "_orig_mod", part), threading.RLock())
+
+
 @contextmanager
 def attention_control(unet):
     """The one place that touches the U-Net: freezes its weights and lets each call bring its own control.
 
-    Processors and every parameter's `requires_grad` are put back on any exit, also after an exception. A compiled U-Net
-    runs uncompiled inside: controls change from call to call, and a pass may leave in the middle.
+    Processors and every parameter's `requires_grad` are put back on any exit, also after an exception. One thread at a
+    time; inside, the same thread may enter again. A compiled U-Net runs uncompiled: controls change from call to call,
+    and a pass may leave in the middle.
     """
-    processors = dict(unet.attn_processors)
-    # by name: CPU offload replaces the parameters it moves
-    grads = {name: p.requires_grad for name, p in unet.named_parameters()}
-    set_stance = getattr(torch.compiler, "set_stance", nullcontext)  # torch 2.6
-    try:
-        unet.requires_grad_(False)
-        unet.set_attn_processor({name: MDEAttnProcessor(name, original) for name, original in processors.items()})
-        with set_stance("force_eager"):
+    control = _Control(unet)
+    with control:  # twice: where Ctrl-C cuts the inner one's leaving short, the outer one leaves in full
+        with control:
+            control.enter()
             yield
-    finally:
-        unet.set_attn_processor(dict(processors))  # it empties the dictionary it is given
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(grads[name])
+
+
+class _Control:
+    """What [`attention_control`] changes and puts back. Leaving can be repeated, after any part of entering."""
+
+    def __init__(self, unet):
+        self.unet, self.lock = unet, lock_of(unet)
+        self.held = self.stance_held = self.processors = self.grads = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        # One line each takes or gives a lock and notes it, so that no interruption falls in between.
+        if self.processors is not None:
+            self.unet.set_attn_processor(dict(self.processors))  # it empties the dictionary it is given
+            for name, parameter in self.unet.named_parameters():
+                parameter.requires_grad_(self.grads[name])
+        if self in _COMPILED or self.stance_held:
+            self.stance_held = self.stance_held or _STANCE.acquire()
+            _COMPILED.discard(self)
+            if not _COMPILED and _STANCE_BEFORE:
+                _STANCE_BEFORE[0].__exit__(None, None, None)
+                _STANCE_BEFORE.clear()
+            self.stance_held = _STANCE.release()
+        if self.held:
+            self.held = self.lock.release()
+
+    def enter(self) -> None:
+        self.held = self.lock.acquire()
+        processors = dict(self.unet.attn_processors)
+        if any(isinstance(processor, MDEAttnProcessor) for processor in processors.values()):
+            return  # a call within a call, under the control that is there
+        # by name: CPU offload replaces the parameters it moves
+        self.grads = {name: p.requires_grad for name, p in self.unet.named_parameters()}
+        self.processors = processors
+        self.unet.requires_grad_(False)
+        self.unet.set_attn_processor({name: MDEAttnProcessor(name, p) for name, p in processors.items()})
+        set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+        if set_stance is not None and _is_compiled(self.unet):
+            # The stance is the process's: the first that needs it sets it, the last puts it back, in whichever threads.
+            self.stance_held = _STANCE.acquire()
+            _COMPILED.add(self)
+            if not _STANCE_BEFORE:
+                _STANCE_BEFORE.append(set_stance("force_eager"))
+            self.stance_held = _STANCE.release()
+
+
+def _is_compiled(unet) -> bool:
+    """Whether `torch.compile` wraps the U-Net or any part of it."""
+    return hasattr(unet, "_orig_mod") or any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in unet.modules()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

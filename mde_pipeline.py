@@ -18,7 +18,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeli
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput, logging
 
-from .attention_processors import attention_control, attention_layers, select_loss_layers
+from .attention_processors import attention_control, attention_layers, lock_of, select_loss_layers
 from .bundle import CarriesItsCode
 from .denoise import PRESETS, Edit, Region, Run, Settings, check_setting, edit_step, record_source
 from .inversion import Inversion, check_inversion_settings, invert_latents, model_fingerprint
@@ -103,11 +103,13 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         >>> pipe.tokens("a dog wearing a red hat")
         [('a', (1,)), ('dog', (2,)), ('wearing', (3,)), ('a', (4,)), ('red', (5,)), ('hat', (6,))]
         """
-        return prompt_words(self.tokenizer, self.spell_out(prompt))
+        with lock_of(self.tokenizer):
+            return prompt_words(self.tokenizer, self.spell_out(prompt))
 
     def spell_out(self, text: str) -> str:
         """`text` as the text encoder gets it: a textual-inversion token of several vectors stands for all of them."""
-        return self.maybe_convert_prompt(text, self.tokenizer)
+        with lock_of(self.tokenizer):
+            return self.maybe_convert_prompt(text, self.tokenizer)
 
     @staticmethod
     def load_inversion(path) -> Inversion:
@@ -168,7 +170,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         """Raise `ValueError`, naming the argument, for a prompt that is empty, no text, or longer than is read."""
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"`{name}` is {prompt!r}: describe the picture in words.")
-        check_prompt_length(self.tokenizer, self.spell_out(prompt))
+        with lock_of(self.tokenizer):
+            check_prompt_length(self.tokenizer, self.spell_out(prompt))
 
     def check_model(self) -> None:
         """Raise `ValueError` for a model, or an add-on to it, that does not take the passes of this method."""
@@ -186,7 +189,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
 
     def embed(self, prompt: str) -> torch.Tensor:
         """(1, tokens, dim), the text encoder's reading of `prompt`."""
-        return self.encode_prompt(prompt, self._execution_device, 1, do_classifier_free_guidance=False)[0]
+        with lock_of(self.tokenizer):
+            return self.encode_prompt(prompt, self._execution_device, 1, do_classifier_free_guidance=False)[0]
 
     def prepare_edit(
         self,
@@ -219,7 +223,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             keys: dict[tuple[int, ...], WordKey] = {}
             shares: dict[tuple[int, ...], torch.Tensor] = {}
             for key, value in (masks or {}).items():
-                indices = find_token_indices(self.tokenizer, text, spelled_out(key))
+                with lock_of(self.tokenizer):
+                    indices = find_token_indices(self.tokenizer, text, spelled_out(key))
                 drawn.append(as_binary_mask(value, f"{name}[{key!r}]", latent_size))
                 # Two masks for the same tokens are one region: as two, their targets would cancel where they differ.
                 share = resize_mask(drawn[-1], loss_size)
@@ -232,7 +237,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         attributes = regions_of(attribute_masks, "attribute_masks", binarize_mask)
         mask = edit_mask(drawn, latent_size, mask_dilation)[None, None].to(device) if drawn else None
         edited = sorted({i for region in (*objects, *attributes) for i in region.token_indices})
-        alignment = align_tokens(self.tokenizer, source_text, text).without(edited).to(device)
+        with lock_of(self.tokenizer):
+            alignment = align_tokens(self.tokenizer, source_text, text).without(edited).to(device)
         return Edit(self.embed(prompt), alignment, objects, attributes, mask)
 
     def check_inputs(self, guidance_scale, output_type, callback_on_step_end_tensor_inputs, refused) -> None:
@@ -587,9 +593,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         latents = run.inversion.source_latents(0).repeat(len(edits), 1, 1, 1)  # (prompts, channels, h, w), each at z_T
         losses: list[list[dict[str, float]]] = [[] for _ in edits]
         maps: list[dict[WordKey, list[torch.Tensor]]] = [{} for _ in edits]
-        # diffusers' protocol: callbacks read the one and set the other
-        self._num_timesteps, self._interrupt = steps, False
         with attention_control(self.unet), self.progress_bar(total=steps) as progress:
+            # diffusers' protocol: callbacks read the one and set the other
+            self._num_timesteps, self._interrupt = steps, False
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
