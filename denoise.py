@@ -5,10 +5,12 @@
 step, [`guide_latents`] its gradient descent.
 """
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 
 from .attention_processors import (
@@ -72,22 +74,30 @@ class Settings:
 
     def __post_init__(self):
         for setting in fields(self):
-            check_setting(setting.name, getattr(self, setting.name), setting.type, **setting.metadata)
+            value = check_setting(setting.name, getattr(self, setting.name), setting.type, **setting.metadata)
+            object.__setattr__(self, setting.name, value)
 
 
-def check_setting(name: str, value, kind, low=None, high=None, choices: Sequence[str] = ()) -> None:
-    """Raise `ValueError` unless `value` is of `kind` (`int`, `float`, `str`, or one of them `| None`) and in range."""
+def check_setting(name: str, value, kind, low=None, high=None, choices: Sequence[str] = ()):
+    """`value` as what `kind` says (`int`, `float`, `str`, or one of them `| None`), numpy's numbers and 5.0 for 5 too.
+
+    Raises:
+        ValueError: another type (`True` is not a number), or out of range.
+    """
     kinds = get_args(kind) or (kind,)
     if value is None and type(None) in kinds:
-        return
+        return None
     if choices:
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
-        return
+        return value
     whole = int in kinds
-    if not isinstance(value, int if whole else (int, float)) or not low <= value <= (high or float("inf")):
+    number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
+    # beyond this a number is a mistake, and overflows where it is computed with
+    if not number or not low <= value <= (1e9 if high is None else high) or (whole and value != int(value)):
         span = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise ValueError(f"`{name}` is {value!r}: use a {'whole ' if whole else ''}number {span}.")
+    return int(value) if whole else float(value)
 
 
 class Region(NamedTuple):

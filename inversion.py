@@ -8,7 +8,7 @@ or on disk. The scheduler owns the steps: nothing here knows a formula of the di
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -213,6 +213,7 @@ class Inversion:
         prediction_type: what the U-Net predicts ("epsilon", "v_prediction").
         fingerprint: (number of weights,) fp32, see [`model_fingerprint`].
         model_dtype: the U-Net's dtype, as text.
+        image_size: (height, width) of the picture before it was resized, whose proportions a mask may have.
     """
 
     latents: torch.Tensor
@@ -225,6 +226,7 @@ class Inversion:
     prediction_type: str
     fingerprint: torch.Tensor
     model_dtype: str
+    image_size: tuple[int, int] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "_decoded", {})  # see `decoded`; not a field, so neither saved nor compared
@@ -275,12 +277,15 @@ class Inversion:
         """Read what [`~Inversion.save`] wrote. Raises `ValueError` for any other safetensors file."""
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            names = {f.name for f in fields(cls)}
-            if metadata.get("format") != "mde_edit.inversion" or names - set(file.keys()) - set(metadata):
+            found = set(file.keys()) | set(metadata)
+            names = {f.name for f in fields(cls) if f.default is MISSING or f.name in found}
+            if metadata.get("format") != "mde_edit.inversion" or names - found:
                 raise ValueError(
                     f"{os.fspath(path)!r} is not an inversion: make one with `pipe.invert(...).save(path)`."
                 )
             values = {n: file.get_tensor(n) if n in file.keys() else json.loads(metadata[n]) for n in names}
+        if values.get("image_size") is not None:
+            values["image_size"] = tuple(values["image_size"])
         return cls(**values)
 
     def check_matches(self, fingerprint: torch.Tensor, model_dtype: str, scheduler) -> None:

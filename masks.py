@@ -5,55 +5,78 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 
+from .pictures import PictureInput, has_alpha, read_pixels
 
-MaskInput = PIL.Image.Image | np.ndarray | torch.Tensor
+
+MaskInput = PictureInput | Sequence[PictureInput]
 
 
-def as_binary_mask(mask: MaskInput, name: str, latent_size: tuple[int, int]) -> torch.Tensor:
+def as_binary_mask(mask: MaskInput, name: str, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
     """A user's mask as (height, width) fp32 in {0, 1}, at its own resolution.
 
     Args:
-        mask: PIL in any mode; numpy or torch (H, W), (H, W, 1) or (1, H, W): bool, integers (white = 255, or 1 where
-            nothing is larger) or floats in [0, 1]. White is what at least half of the range is.
-        latent_size: its proportions must be those of the picture.
+        mask: what [`read_pixels`] reads. White is what at least half of the range is. Where there is transparency, the
+            mask is what is not transparent, whatever its color (a painted layer, a cut-out); of a palette of colors
+            (labels) it is everything but index 0; integers that are all 0 or 1 are as good as bool. A list of masks is
+            their union.
+        sizes: (height, width), each up to a factor: the picture's and, if it was resized, what it was resized to. The
+            mask's proportions must be those of one of them.
 
     Raises:
         ValueError: wrong type, shape, proportions or range, or no white at all.
     """
-    if isinstance(mask, PIL.Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    if isinstance(mask, np.ndarray):
-        mask = torch.from_numpy(mask.copy())  # PIL's array is read-only, a view may have negative strides
-    if not isinstance(mask, torch.Tensor):
-        raise ValueError(f"{name} is a {type(mask).__name__}: pass a PIL image, a numpy array or a torch tensor.")
-    if mask.ndim == 3 and 1 in (mask.shape[0], mask.shape[-1]):
-        mask = mask.squeeze(0 if mask.shape[0] == 1 else -1)
-    if mask.ndim != 2 or 0 in mask.shape:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}: a mask is (H, W), one value per pixel.")
-    (height, width), (h, w) = mask.shape, latent_size
-    if not 0.9 < (height * w) / (width * h) < 1.1:
+    if isinstance(mask, (list, tuple)):
+        if not mask:
+            raise ValueError(f"{name} is an empty {type(mask).__name__}: give at least one mask.")
+        parts = [as_binary_mask(part, f"{name}[{k}]", sizes) for k, part in enumerate(mask)]
+        size = tuple(max(part.shape[axis] for part in parts) for axis in (0, 1))
+        return torch.stack([F.interpolate(part[None, None], size)[0, 0] for part in parts]).amax(0)
+    if isinstance(mask, PIL.Image.Image) and mask.mode == "P" and _is_label_map(mask):
+        mask = np.array(PIL.ImageOps.exif_transpose(mask)) > 0
+    values = read_pixels(mask, name)
+    height, width, channels = values.shape
+    if not any(0.9 < (height * w) / (width * h) < 1.1 for h, w in sizes):
+        h, w = sizes[0]
         raise ValueError(
             f"{name} is {width}x{height} (width x height) and the picture's proportions are {w}:{h}: draw the mask on"
             " the picture (or is it transposed?)."
         )
-    values = mask.float().cpu()
-    if not torch.isfinite(values).all():
-        raise ValueError(f"{name} holds values that are not finite (NaN or infinity).")
-    if not mask.is_floating_point() and mask.dtype != torch.bool and values.max() > 1:
-        values = values / 255
-    if values.min() < 0 or values.max() > 1:
-        raise ValueError(
-            f"{name} has values from {values.min():g} to {values.max():g}: use bool, 0-255 integers or 0-1 floats."
-        )
-    binary = (values >= 0.5).float()
+    if channels in (2, 4) and (values[..., -1] < 1).any():
+        values = values[..., -1]
+    elif channels >= 3:
+        color = values[..., :3]
+        if not isinstance(mask, PIL.Image.Image) and (color != color[..., :1]).any():
+            raise ValueError(
+                f"{name} has shape {tuple(mask.shape)} and its channels differ: a mask is (H, W), one value per pixel;"
+                " several masks for one word go into a list."
+            )
+        values = color @ torch.tensor([0.299, 0.587, 0.114])
+    else:
+        values = values[..., 0]
+    if not isinstance(mask, PIL.Image.Image) and not _is_float(mask) and 0 < values.max() <= 1 / 255:
+        values = values * 255  # 0 and 1 in an integer array
+    binary = (values >= 0.5 - 1e-6).float()
     if not binary.any():
         raise ValueError(
             f"{name} is empty: nothing in it is white (at least half of the range), so nothing can be edited there."
         )
     return binary
+
+
+def _is_float(mask: np.ndarray | torch.Tensor) -> bool:
+    return mask.dtype.kind == "f" if isinstance(mask, np.ndarray) else mask.is_floating_point()
+
+
+def _is_label_map(mask: PIL.Image.Image) -> bool:
+    """Whether a palette picture is one of labels: some color that it uses is not gray, and nothing is transparent."""
+    if has_alpha(mask):
+        return False
+    used = mask.convert("RGB").getcolors(256) or []
+    return any(len(set(color)) > 1 for _, color in used)
 
 
 def resize_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -98,7 +121,7 @@ def edit_mask(masks: Sequence[torch.Tensor], latent_size: tuple[int, int], dilat
     Returns:
         (h, w) bool.
     """
-    touched = torch.zeros(latent_size, dtype=torch.bool)
+    touched = torch.zeros(latent_size, dtype=torch.bool, device="cpu")
     for mask in masks:
         touched |= resize_mask(mask, latent_size) > 0
     return dilate_mask(touched.float(), default_dilation(latent_size) if dilation is None else dilation).bool()

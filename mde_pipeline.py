@@ -6,7 +6,7 @@ is the API: check, prepare, loop, decode. The paper is in `denoise.py` (a step, 
 `attention_processors.py` (attention control) and `inversion.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .denoise import PRESETS, Edit, Region, Run, Settings, check_setting, edit_s
 from .inversion import Inversion, check_inversion_settings, invert_latents, model_fingerprint
 from .losses import object_alignment_loss  # noqa: F401  diffusers copies a plug-in's direct imports only: import all
 from .masks import MaskInput, as_binary_mask, binarize_mask, edit_mask, resize_mask
+from .pictures import on_white, read_pixels
 from .prompts import WordKey, align_tokens, check_prompt_length, find_token_indices, prompt_words
 
 
@@ -140,31 +141,53 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
     def prepare_image(
         self, image: PipelineImageInput, height: int | None = None, width: int | None = None
     ) -> torch.Tensor:
-        """One picture as (1, 3, height, width) fp32 in [-1, 1], sides rounded down to what the VAE accepts."""
+        """One picture, upright and on white, as (1, 3, height, width) fp32 in [-1, 1].
+
+        Args:
+            image: what [`read_pixels`] reads, or a list of one.
+            height, width: to resize it to; its own by default. Sides are rounded down to what the VAE accepts.
+
+        Raises:
+            ValueError: not one picture of three channels, or no size that the VAE accepts.
+        """
+        return self.fit_image(self.read_image(image), height, width)
+
+    def read_image(self, image: PipelineImageInput) -> torch.Tensor:
+        """One picture in its own size, upright and on white: (height, width, 3) fp32 in [0, 1]."""
         if isinstance(image, (list, tuple)):
             if len(image) != 1:
                 raise ValueError(f"`image` is a list of {len(image)}: invert one picture at a time.")
             image = image[0]
+        pixels = on_white(read_pixels(image, "`image`", signed=True))
         if isinstance(image, PIL.Image.Image):
-            image = image.convert("RGB")
-        elif not isinstance(image, (np.ndarray, torch.Tensor)):
-            raise ValueError(
-                f"`image` is a {type(image).__name__}: pass a PIL image, a numpy array or a torch tensor"
-                " (`diffusers.utils.load_image` reads paths and URLs)."
-            )
-        elif image.ndim not in (3, 4) or (image.ndim == 4 and len(image) != 1):
+            pixels = pixels.expand(*pixels.shape[:2], 3)
+        elif image.ndim == 2:
             raise ValueError(
                 f"`image` has shape {tuple(image.shape)}: pass one picture, (H, W, 3) numpy or (3, H, W) torch."
             )
-        else:
-            if not bool(np.isfinite(image).all() if isinstance(image, np.ndarray) else torch.isfinite(image).all()):
-                raise ValueError("`image` holds values that are not finite (NaN or infinity): clean it first.")
-            if image.dtype in (np.uint8, torch.uint8):
-                image = image / 255
-        pixels = self.image_processor.preprocess(image, height=height, width=width).float()
-        if pixels.shape[1] != self.vae.config.in_channels:
-            raise ValueError(f"`image` has {pixels.shape[1]} channels and the VAE reads {self.vae.config.in_channels}.")
+        if pixels.shape[-1] != self.vae.config.in_channels:
+            raise ValueError(
+                f"`image` has {pixels.shape[-1]} channels and the VAE reads {self.vae.config.in_channels}."
+            )
         return pixels
+
+    def fit_image(self, pixels: torch.Tensor, height: int | None, width: int | None) -> torch.Tensor:
+        """(height, width, 3) in [0, 1] to (1, 3, height, width) in [-1, 1], sides rounded down for the VAE."""
+        sizes, factor = [], self.vae_scale_factor
+        for name, wanted, own in zip(("height", "width"), (height, width), pixels.shape):
+            if wanted is not None:
+                check_setting(name, wanted, int, low=factor)
+            elif own < factor:
+                raise ValueError(
+                    f"`image` is {pixels.shape[1]}x{pixels.shape[0]} (width x height), smaller than one latent"
+                    f" ({factor}x{factor} pixels): pass a larger picture, or `height` and `width`."
+                )
+            sizes.append((own if wanted is None else int(wanted)) // factor * factor)
+        if tuple(sizes) == tuple(pixels.shape[:2]):
+            return self.image_processor.preprocess(pixels.movedim(-1, 0)[None])
+        # In PIL's eight bits, whatever the picture came as: the processor resizes tensors without smoothing.
+        picture = PIL.Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
+        return self.image_processor.preprocess(picture, *sizes)
 
     def check_prompt(self, prompt: str, name: str) -> None:
         """Raise `ValueError`, naming the argument, for a prompt that is empty, no text, or longer than is read."""
@@ -198,6 +221,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         source_prompt: str,
         object_masks: Masks | None,
         attribute_masks: Masks | None,
+        mask_sizes: Sequence[tuple[int, int]],
         latent_size: tuple[int, int],
         loss_size: tuple[int, int],
         mask_dilation: int | None,
@@ -205,6 +229,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         """Words to token positions, masks to every resolution, prompts to an alignment and an embedding.
 
         Args:
+            mask_sizes: (height, width), each up to a factor, whose proportions a mask may have.
             latent_size, loss_size: (h, w) of the latents and of the level the losses read.
 
         Raises:
@@ -225,7 +250,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             for key, value in (masks or {}).items():
                 with lock_of(self.tokenizer):
                     indices = find_token_indices(self.tokenizer, text, spelled_out(key))
-                drawn.append(as_binary_mask(value, f"{name}[{key!r}]", latent_size))
+                drawn.append(as_binary_mask(value, f"{name}[{key!r}]", mask_sizes))
                 # Two masks for the same tokens are one region: as two, their targets would cancel where they differ.
                 share = resize_mask(drawn[-1], loss_size)
                 shares[indices] = torch.maximum(shares[indices], share) if indices in shares else share
@@ -280,7 +305,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-                One picture; (H, W, 3) or (3, H, W), uint8 or in [0, 1]. Sides are rounded down to the VAE's multiple.
+                One picture: PIL in any mode, (H, W, 3) or (3, H, W); integers, or floats in [0, 1]. It is turned
+                upright and put on white where it is transparent; sides are rounded down to the VAE's multiple.
             prompt (`str`):
                 The source prompt p: what the picture shows.
             num_inference_steps (`int`, defaults to 50):
@@ -308,7 +334,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             FloatingPointError: the optimization or the inversion left the finite numbers.
         """
         arguments = (prompt, num_inference_steps, method, guidance_scale, num_inner_steps, early_stop_epsilon)
-        return self.invert_pixels(self.check_picture(image, *arguments, height, width), *arguments)
+        return self.invert_pixels(*self.check_picture(image, *arguments, height, width), *arguments)
 
     def check_picture(
         self,
@@ -322,8 +348,12 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         prompt_name: str = "prompt",
-    ) -> torch.Tensor:
-        """All that [`~MDEEditPipeline.invert`] checks; the picture as [`~MDEEditPipeline.prepare_image`] gives it."""
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """All that [`~MDEEditPipeline.invert`] checks.
+
+        Returns:
+            the picture as [`~MDEEditPipeline.prepare_image`] gives it, and its own (height, width).
+        """
         self.check_model()
         self.check_prompt(prompt, prompt_name)
         check_inversion_settings(
@@ -334,7 +364,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             num_inner_steps,
             early_stop_epsilon,
         )
-        pixels = self.prepare_image(image, height, width)
+        picture = self.read_image(image)
+        pixels = self.fit_image(picture, height, width)
         sample_size = self.unet.config.sample_size  # a number, (height, width), or not stated
         if isinstance(sample_size, int) and (pixels.numel() // 3) > 2 * (sample_size * self.vae_scale_factor) ** 2:
             trained = sample_size * self.vae_scale_factor
@@ -342,11 +373,12 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 f"The picture is {pixels.shape[-1]}x{pixels.shape[-2]}, the model was trained at {trained}x{trained}:"
                 " expect repeated objects, and memory to match. Pass `height` and `width` to resize it."
             )
-        return pixels
+        return pixels, tuple(picture.shape[:2])
 
     def invert_pixels(
         self,
         pixels: torch.Tensor,
+        image_size: tuple[int, int],
         prompt: str,
         num_inference_steps: int,
         method: str,
@@ -354,7 +386,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         num_inner_steps: int = 10,
         early_stop_epsilon: float = 1e-5,
     ) -> Inversion:
-        """[`~MDEEditPipeline.invert`] after its checks. pixels: (1, 3, height, width) fp32 in [-1, 1]."""
+        """[`~MDEEditPipeline.invert`] after its checks, from what [`~MDEEditPipeline.check_picture`] gives."""
         scheduler = self.ddim_scheduler(num_inference_steps)
         passes = num_inference_steps * (1 if method == "direct" else 2)
         latents, prompt_embeds, empty_embeds = self.encode(pixels), self.embed(prompt), self.embed("")
@@ -384,6 +416,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             prediction_type=scheduler.config.prediction_type,
             fingerprint=model_fingerprint(self.unet, self.text_encoder),
             model_dtype=str(self.unet.dtype),
+            image_size=image_size,
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -398,11 +431,11 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         num_inference_steps: int | None,
         inversion_method: str,
         guidance_scale: float | None,
-    ) -> tuple[torch.Tensor | None, str, int, float]:
+    ) -> tuple[tuple[torch.Tensor, tuple[int, int]] | None, str, int, float]:
         """What `__call__` starts from, an inversion or a picture to invert.
 
         Returns:
-            the picture as [`~MDEEditPipeline.prepare_image`] gives it (`None` with an inversion), the source prompt,
+            what [`~MDEEditPipeline.check_picture`] gives of the picture (`None` with an inversion), the source prompt,
             the number of steps and the guidance scale.
 
         Raises:
@@ -478,8 +511,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             object_masks (`dict`, *optional*):
                 Per new object, the region S_i it belongs to, for the Object Alignment Loss. Keys name words of the
                 target prompt: `"dog"`, a phrase, `("dog", 1)` for the second occurrence, or token positions. Masks are
-                PIL, numpy or torch, any resolution, white (at least half of the range) = edit; they may overlap. One
-                dict for all prompts, or a list with one per prompt.
+                PIL, numpy or torch, any resolution, white (at least half of the range) = edit, or what is not
+                transparent where there is transparency; they may overlap, and a list of masks is their union. One dict
+                for all prompts, or a list with one per prompt.
             attribute_masks (`dict`, *optional*):
                 Per color, texture or other attribute word, its region S, for the Color Consistency Loss.
             num_inference_steps (`int`, *optional*):
@@ -555,24 +589,29 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             per_prompt(m, len(prompts), n)
             for m, n in ((object_masks, "object_masks"), (attribute_masks, "attribute_masks"))
         ]
-        pixels, source_prompt, steps, scale = self.check_source(
+        picture, source_prompt, steps, scale = self.check_source(
             inversion, image, source_prompt, num_inference_steps, inversion_method, guidance_scale
         )
 
         # 2. Prepare the source and each edit: words, masks, alignment, text
         if inversion is None:
+            pixels, image_size = picture
             latent_size = tuple(side // self.vae_scale_factor for side in pixels.shape[-2:])
         else:
-            latent_size = tuple(inversion.latents.shape[-2:])
+            latent_size, image_size = tuple(inversion.latents.shape[-2:]), inversion.image_size
+        mask_sizes = [size for size in (image_size, latent_size) if size is not None]
         layers = attention_layers(self.unet, latent_size)
-        loss_layers = select_loss_layers(layers, attention_resolution)
+        loss_layers = select_loss_layers(layers, settings.attention_resolution)
+        sizes = (latent_size, loss_layers[0].size)
         edits = [
-            self.prepare_edit(p, source_prompt, *both, latent_size, loss_layers[0].size, mask_dilation)
+            self.prepare_edit(
+                p, source_prompt, *both, mask_sizes, latent_size, loss_layers[0].size, settings.mask_dilation
+            )
             for p, *both in zip(prompts, *masks)
         ]
         scheduler = self.ddim_scheduler(steps)
         if inversion is None:
-            inversion = self.invert_pixels(pixels, source_prompt, steps, inversion_method, scale)
+            inversion = self.invert_pixels(pixels, image_size, source_prompt, steps, inversion_method, scale)
         else:
             fingerprint = model_fingerprint(self.unet, self.text_encoder)
             inversion.check_matches(fingerprint, str(self.unet.dtype), scheduler)

@@ -29,6 +29,7 @@ from .inversion import Inversion  # noqa: E402
 from .losses import object_alignment_loss  # noqa: E402, F401
 from .masks import edit_mask  # noqa: E402, F401
 from .mde_pipeline import MDEEditPipeline  # noqa: E402
+from .pictures import read_pixels  # noqa: E402, F401
 from .prompts import align_tokens  # noqa: E402, F401
 
 

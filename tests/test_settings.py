@@ -5,6 +5,7 @@ import inspect
 import re
 from dataclasses import asdict, fields
 
+import numpy as np
 import pytest
 from mde_edit import MDEEditPipeline
 from mde_edit.denoise import Settings
@@ -38,3 +39,14 @@ def test_a_setting_checks_itself(setting):
             Settings(**{setting.name: value})
     right = [value for value in (low, high, *setting.metadata["choices"]) if value is not None]
     assert all(getattr(Settings(**{setting.name: value}), setting.name) == value for value in right)
+
+
+def test_numbers_of_any_library_are_numbers_and_true_is_none():
+    settings = Settings(
+        optimization_iterations=np.int64(5), mask_dilation=2.0, oal_weight=np.float32(0.5), max_update=1
+    )
+    assert settings == Settings(optimization_iterations=5, mask_dilation=2, oal_weight=0.5, max_update=1.0)
+    assert [type(v) for v in (settings.optimization_iterations, settings.mask_dilation)] == [int, int]
+    for name, value in (("optimization_iterations", True), ("oal_weight", True), ("step_size", 10**30), ("eta", [0.5])):
+        with pytest.raises(ValueError, match=f"`{name}` is"):
+            Settings(**{name: value})

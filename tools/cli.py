@@ -181,7 +181,8 @@ def run_edit(args: argparse.Namespace) -> dict:
     latent_size = tuple(inversion.latents.shape[-2:])
     # pairs, not a dictionary: a word may be an object and an attribute at once
     pairs = [*objects.items(), *attributes.items()]
-    masks = [(key, as_binary_mask(mask, repr(key), latent_size)) for key, mask in pairs]
+    sizes = [size for size in (inversion.image_size, latent_size) if size is not None]
+    masks = [(key, as_binary_mask(mask, repr(key), sizes)) for key, mask in pairs]
     draw_sheet(out / "sheet.png", source, output, masks, inversion.prompt, args.prompt)
     run = {
         "settings": {k: v for k, v in vars(args).items() if v is not None and k not in ("config", "out", "device")},
