@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo examples train model-report bench-quick bench bench-tune bench-tradeoff test test-slow test-matrix lint bundle hub clean
+.PHONY: demo examples train model-report bench-quick bench bench-tune bench-tradeoff test test-slow fuzz test-matrix lint bundle hub clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -26,11 +26,13 @@ model-report: $(VENV)/train
 	$(BIN)/python -m training.report --model $(or $(MODEL),emoji_ldm) --judge $(or $(JUDGE),emoji_judge) --out train_out/report
 
 # emoji-bench; see benchmarks/README.md. METHODS="none both ..." runs some, LIMIT=3 the first cases of each task and split,
-# PROCESSES=2 spreads the cases.
+# PROCESSES=2 spreads the cases, SOFTEN=0.22 dilutes the model's attention.
 METHODS ?=
 STEPS ?= 50
 LIMIT ?=
 PROCESSES ?= 1
+SOFTEN ?= 1
+SOFT = $(if $(filter-out 1,$(SOFTEN)),_soften_$(SOFTEN))
 SPREAD = $(BIN)/torchrun --nproc_per_node $(PROCESSES)
 RUN = $(SPREAD) -m benchmarks.run $(if $(METHODS),--methods $(METHODS)) $(if $(LIMIT),--limit $(LIMIT))
 
@@ -41,8 +43,9 @@ bench-quick: $(VENV)/bench
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set test --out bench_out/test/cases
-	$(RUN) --cases bench_out/test/cases --out bench_out/test/results --steps $(STEPS)
-	$(BIN)/python -m benchmarks.tables --cases bench_out/test/cases --results bench_out/test/results --out bench_out/test
+	$(RUN) --cases bench_out/test/cases --out bench_out/test$(SOFT)/results --steps $(STEPS) --soften $(SOFTEN)
+	$(BIN)/python -m benchmarks.tables --cases bench_out/test/cases --results bench_out/test$(SOFT)/results \
+		--out bench_out/test$(SOFT)
 
 bench-tune: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set dev --out bench_out/dev/cases
@@ -58,6 +61,10 @@ test: $(VENV)/test
 
 test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -m slow
+
+# Ten thousand calls and arrays of any kind; `make test` makes 300 of each.
+fuzz: $(VENV)/test
+	FUZZ=10000 $(BIN)/python -m pytest tests/test_inputs.py tests/test_pictures.py -k any_ --hypothesis-seed 0
 
 # The tests on older releases of diffusers and transformers, each in a folder under build/matrix: half an hour.
 test-matrix: $(VENV)/test

@@ -86,7 +86,18 @@ class CarriesItsCode:
         """
         if any(kwargs.get(name) is not None for name in ("dtype", "torch_dtype", "custom_pipeline")):
             return super().from_pipe(pipeline, **kwargs)
+        if not hasattr(pipeline, "components"):
+            raise ValueError(
+                f"`from_pipe` takes a pipeline, not {pipeline!r}: `{cls.__name__}.from_pretrained` loads a folder."
+            )
         components, options = cls._get_signature_keys(cls)
+        missing = sorted(set(components) - set(pipeline.components) - set(cls._optional_components))
+        if missing or "text_encoder_2" in pipeline.components:
+            found = f"it has no {', '.join(missing)}" if missing else "it has two text encoders"
+            raise ValueError(
+                f"A {type(pipeline).__name__} is not of Stable Diffusion 1.x/2.x's kind ({found}): {cls.__name__}"
+                " cannot edit with its parts."
+            )
         shared = {k: v for k, v in pipeline.components.items() if k in components}
         shared.update({k: pipeline.config[k] for k in options if k in pipeline.config})
         pipe = cls(**{**shared, **kwargs})

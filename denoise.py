@@ -5,12 +5,10 @@
 step, [`guide_latents`] its gradient descent.
 """
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from .attention_processors import (
@@ -23,6 +21,7 @@ from .attention_processors import (
     predict,
     stack_maps,
 )
+from .checks import check_setting
 from .inversion import Inversion
 from .losses import aggregate_maps, color_consistency_loss, object_alignment_loss, spatial_ratio_loss, word_map
 from .prompts import TokenAlignment, WordKey
@@ -78,28 +77,6 @@ class Settings:
             object.__setattr__(self, setting.name, value)
 
 
-def check_setting(name: str, value, kind, low=None, high=None, choices: Sequence[str] = ()):
-    """`value` as what `kind` says (`int`, `float`, `str`, or one of them `| None`), numpy's numbers and 5.0 for 5 too.
-
-    Raises:
-        ValueError: another type (`True` is not a number), or out of range.
-    """
-    kinds = get_args(kind) or (kind,)
-    if value is None and type(None) in kinds:
-        return None
-    if choices:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
-        return value
-    whole = int in kinds
-    number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
-    # beyond this a number is a mistake, and overflows where it is computed with
-    if not number or not low <= value <= (1e9 if high is None else high) or (whole and value != int(value)):
-        span = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise ValueError(f"`{name}` is {value!r}: use a {'whole ' if whole else ''}number {span}.")
-    return int(value) if whole else float(value)
-
-
 class Region(NamedTuple):
     """An edited word and where it belongs.
 
@@ -119,7 +96,7 @@ class Edit:
 
     prompt_embeds: (1, tokens, dim). alignment: with the source prompt, edited words counted as new.
     objects, attributes: the regions of OAL and CCL. mask: (1, 1, h, w) bool, M of Eq. 7-8, or None without masks (then
-    there is nothing to hold the edit to).
+    there is nothing to hold the edit to). generator: of the noise that `eta` adds.
     """
 
     prompt_embeds: torch.Tensor
@@ -127,6 +104,7 @@ class Edit:
     objects: Sequence[Region]
     attributes: Sequence[Region]
     mask: torch.Tensor | None
+    generator: torch.Generator | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +112,8 @@ class Run:
     """What all steps and all target prompts of one call share, and which mechanism acts at which step.
 
     scheduler: a `DDIMScheduler`, timesteps set. inversion: on the U-Net's device. source_embeds: (1, tokens, dim).
-    layers: all of the U-Net's attention layers; loss_layers: those the losses read. generator: of the noise that `eta`
-    adds. capture_maps: whether [`Step.maps`] is asked for.
+    layers: all of the U-Net's attention layers; loss_layers: those the losses read. capture_maps: whether [`Step.maps`]
+    is asked for.
     """
 
     unet: torch.nn.Module
@@ -146,7 +124,6 @@ class Run:
     settings: Settings
     layers: Sequence[AttentionLayer]
     loss_layers: Sequence[AttentionLayer]
-    generator: torch.Generator | None = None
     capture_maps: bool = False
 
     def steps(self, share: float) -> int:
@@ -235,7 +212,7 @@ def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Ed
         noise = null + run.guidance_scale * (cond - null)
     else:
         noise = predict(run.unet, latents, t, edit.prompt_embeds, inject)
-    latents = run.scheduler.step(noise, t, latents, eta=run.settings.eta, generator=run.generator).prev_sample
+    latents = run.scheduler.step(noise, t, latents, eta=run.settings.eta, generator=edit.generator).prev_sample
 
     if edit.mask is not None and run.blends(i):  # Eq. 8: outside M the picture is the source's
         latents = torch.where(edit.mask, latents, run.inversion.source_latents(i + 1))

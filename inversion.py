@@ -12,10 +12,11 @@ from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .attention_processors import gradient, predict
+from .checks import check_setting, check_text
 
 
 INVERSION_METHODS = ("null_text", "negative_prompt", "direct")
@@ -196,7 +197,7 @@ def model_fingerprint(*models: torch.nn.Module) -> torch.Tensor:
     return torch.stack(list(values.values())).cpu()  # one transfer, not one per weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a value of tensors has no one truth value of its equality
 class Inversion:
     """A picture, inverted: everything an edit of it needs. Made by `pipe.invert`, used by any number of `pipe` calls.
 
@@ -274,19 +275,58 @@ class Inversion:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Inversion":
-        """Read what [`~Inversion.save`] wrote. Raises `ValueError` for any other safetensors file."""
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            found = set(file.keys()) | set(metadata)
-            names = {f.name for f in fields(cls) if f.default is MISSING or f.name in found}
-            if metadata.get("format") != "mde_edit.inversion" or names - found:
-                raise ValueError(
-                    f"{os.fspath(path)!r} is not an inversion: make one with `pipe.invert(...).save(path)`."
-                )
-            values = {n: file.get_tensor(n) if n in file.keys() else json.loads(metadata[n]) for n in names}
-        if values.get("image_size") is not None:
-            values["image_size"] = tuple(values["image_size"])
-        return cls(**values)
+        """Read what [`~Inversion.save`] wrote.
+
+        Raises:
+            ValueError: another file, or a damaged one. OSError: no such file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata: dict[str, str] = file.metadata() or {}
+                found = set(file.keys()) | set(metadata)
+                names = {f.name for f in fields(cls) if f.default is MISSING or f.name in found}
+                if metadata.get("format") != "mde_edit.inversion" or names - found:
+                    raise ValueError("it is another kind of file")
+                values = {n: file.get_tensor(n) if n in file.keys() else json.loads(metadata[n]) for n in names}
+            if values.get("image_size") is not None:
+                values["image_size"] = tuple(values["image_size"])
+            inversion = cls(**values)
+            inversion.check_whole()
+        except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} is not an inversion, or a damaged one ({error}): make one with"
+                " `pipe.invert(...).save(path)`."
+            ) from error
+        return inversion
+
+    def check_whole(self) -> None:
+        """Raise `ValueError` where the parts do not fit each other, as in a file that was cut or changed."""
+        steps = len(self.timesteps) if isinstance(self.timesteps, torch.Tensor) and self.timesteps.ndim == 1 else 0
+        shapes = {
+            "latents": (self.latents, 4, (steps + 1,)),
+            "null_embeds": (self.null_embeds, 3, (1, steps)),
+            "timesteps": (self.timesteps, 1, (max(steps, 1),)),
+            "alphas_cumprod": (self.alphas_cumprod, 1, (steps,)),
+        }
+        for name, (tensor, axes, lengths) in shapes.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.ndim != axes or 0 in tensor.shape:
+                raise ValueError(f"its {name} are no tensor of {axes} axes")
+            if len(tensor) not in lengths:
+                raise ValueError(f"its {name} are {len(tensor)} for {steps} steps")
+            if tensor.is_complex() or not torch.isfinite(tensor).all():
+                raise ValueError(f"its {name} are not finite numbers")
+        if self.timesteps.is_floating_point() or self.timesteps.min() < 0:
+            raise ValueError("its timesteps are not whole numbers from 0")
+        if not isinstance(self.fingerprint, torch.Tensor) or self.fingerprint.ndim != 1:
+            raise ValueError("its fingerprint is no list of numbers")
+        check_setting("method", self.method, str, choices=INVERSION_METHODS)
+        check_setting("guidance_scale", self.guidance_scale, float, 1)
+        check_text("prompt", self.prompt)
+        if not isinstance(self.prediction_type, str) or not isinstance(self.model_dtype, str):
+            raise ValueError("its prediction type or dtype is no text")
+        size = self.image_size
+        if size is not None and not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+            raise ValueError(f"its image size is {size!r}")
 
     def check_matches(self, fingerprint: torch.Tensor, model_dtype: str, scheduler) -> None:
         """Raise `ValueError` unless this inversion was made with the same weights and noise schedule.
@@ -308,7 +348,7 @@ class Inversion:
         if (
             scheduler.config.prediction_type != self.prediction_type
             or not torch.equal(scheduler.timesteps.cpu(), self.timesteps.cpu())
-            or not torch.allclose(scheduler.alphas_cumprod[self.timesteps.cpu()], self.alphas_cumprod.cpu())
+            or not torch.allclose(scheduler.alphas_cumprod.cpu()[self.timesteps.cpu()], self.alphas_cumprod.cpu())
         ):
             raise ValueError(
                 "The inversion was made with another noise schedule (timesteps, betas or prediction type). Give the"
@@ -325,22 +365,12 @@ def check_inversion_settings(
     early_stop_epsilon: float = 1e-5,
 ) -> None:
     """Raise `ValueError` for settings no inversion can be made with, saying which and what would do."""
-    if method not in INVERSION_METHODS:
-        raise ValueError(f"`method` is {method!r}: choose one of {', '.join(map(repr, INVERSION_METHODS))}.")
-    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(
-            f"`num_inference_steps` is {num_inference_steps!r}: use a whole number from 1 to {num_train_timesteps}."
-        )
-    if not isinstance(guidance_scale, (int, float)) or not 1 <= guidance_scale < float("inf"):
-        raise ValueError(f"`guidance_scale` is {guidance_scale!r}: use a number of at least 1 (1 is no guidance).")
-    if method == "null_text" and not guidance_scale > 1:
+    check_setting("method", method, str, choices=INVERSION_METHODS)
+    check_setting("num_inference_steps", num_inference_steps, int, 1, num_train_timesteps)
+    if check_setting("guidance_scale", guidance_scale, float, 1) == 1 and method == "null_text":
         raise ValueError(
             f"method='null_text' needs `guidance_scale` > 1, not {guidance_scale!r}: without guidance there is no null"
             " embedding to optimize. Use method='direct'."
         )
-    if not isinstance(num_inner_steps, int) or num_inner_steps < 1:
-        raise ValueError(
-            f"`num_inner_steps` is {num_inner_steps!r}: use a whole number of at least 1, or method='direct' for none."
-        )
-    if not isinstance(early_stop_epsilon, (int, float)) or not early_stop_epsilon >= 0:
-        raise ValueError(f"`early_stop_epsilon` is {early_stop_epsilon!r}: use a number of at least 0.")
+    check_setting("num_inner_steps", num_inner_steps, int, 1)
+    check_setting("early_stop_epsilon", early_stop_epsilon, float, 0)

@@ -54,7 +54,7 @@ def as_binary_mask(mask: MaskInput, name: str, sizes: Sequence[tuple[int, int]])
                 f"{name} has shape {tuple(mask.shape)} and its channels differ: a mask is (H, W), one value per pixel;"
                 " several masks for one word go into a list."
             )
-        values = color @ torch.tensor([0.299, 0.587, 0.114])
+        values = color @ color.new_tensor([0.299, 0.587, 0.114])
     else:
         values = values[..., 0]
     if not isinstance(mask, PIL.Image.Image) and not _is_float(mask) and 0 < values.max() <= 1 / 255:

@@ -6,8 +6,9 @@ is the API: check, prepare, loop, decode. The paper is in `denoise.py` (a step, 
 `attention_processors.py` (attention control) and `inversion.py`.
 """
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput, logging
 
-from .attention_processors import attention_control, attention_layers, lock_of, select_loss_layers
+from .attention_processors import AttentionLayer, attention_control, attention_layers, lock_of, select_loss_layers
 from .bundle import CarriesItsCode
-from .denoise import PRESETS, Edit, Region, Run, Settings, check_setting, edit_step, record_source
-from .inversion import Inversion, check_inversion_settings, invert_latents, model_fingerprint
+from .checks import check_setting, check_text
+from .denoise import PRESETS, Edit, Region, Run, Settings, edit_step, record_source
+from .inversion import INVERSION_METHODS, Inversion, check_inversion_settings, invert_latents, model_fingerprint
 from .losses import object_alignment_loss  # noqa: F401  diffusers copies a plug-in's direct imports only: import all
 from .masks import MaskInput, as_binary_mask, binarize_mask, edit_mask, resize_mask
 from .pictures import on_white, read_pixels
@@ -89,7 +92,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
     and editing use DDIM schedulers derived from its config.
     """
 
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
     presets = PRESETS
     source_file = Path(__file__)
     module_name = "mde_edit"
@@ -109,6 +112,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
 
     def spell_out(self, text: str) -> str:
         """`text` as the text encoder gets it: a textual-inversion token of several vectors stands for all of them."""
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{text!r} does not name a word: it holds half a character (a lone surrogate).")
         with lock_of(self.tokenizer):
             return self.maybe_convert_prompt(text, self.tokenizer)
 
@@ -125,6 +130,17 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         becomes "leading".
         """
         config = self.scheduler.config
+        if "beta_start" not in config and config.get("trained_betas") is None:
+            raise ValueError(
+                f"The pipeline's scheduler is a {type(self.scheduler).__name__}, whose noise schedule has no betas:"
+                " give it the one that the model was trained with (`DDIMScheduler.from_pretrained(model,"
+                " subfolder='scheduler')`)."
+            )
+        if config.get("prediction_type", "epsilon") == "epsilon" and config.get("rescale_betas_zero_snr"):
+            raise ValueError(
+                "The pipeline's scheduler has `rescale_betas_zero_snr` and predicts epsilon, which says nothing where"
+                " no signal is left. Turn the rescaling off, or use a v-prediction model."
+            )
         schedule = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         trailing = config.get("timestep_spacing") == "trailing"
         scheduler_class = DDIMInverseScheduler if inverse else DDIMScheduler
@@ -136,6 +152,11 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             steps_offset=0 if trailing else 1,
         )
         scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        if scheduler.timesteps.max() >= config["num_train_timesteps"]:
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}: with this scheduler's spacing the first of them lies"
+                f" past the {config['num_train_timesteps']} timesteps of the training; use fewer."
+            )
         return scheduler
 
     def prepare_image(
@@ -191,14 +212,23 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
 
     def check_prompt(self, prompt: str, name: str) -> None:
         """Raise `ValueError`, naming the argument, for a prompt that is empty, no text, or longer than is read."""
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"`{name}` is {prompt!r}: describe the picture in words.")
+        check_text(name, prompt)
         with lock_of(self.tokenizer):
             check_prompt_length(self.tokenizer, self.spell_out(prompt))
 
     def check_model(self) -> None:
         """Raise `ValueError` for a model, or an add-on to it, that does not take the passes of this method."""
         config = self.unet.config
+        if any(parameter.is_inference() for parameter in self.unet.parameters()):
+            raise ValueError(
+                "The U-Net was loaded inside `torch.inference_mode`, and no gradient runs through such weights: load"
+                " the pipeline outside of it. (Calls inside of it are fine.)"
+            )
+        if config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                "This U-Net was distilled to take its guidance as an input (`time_cond_proj_dim`, as LCM's are) and"
+                " cannot be inverted at another: use the model that it was distilled from."
+            )
         if getattr(self.unet, "encoder_hid_proj", None) is not None:
             raise ValueError(
                 "An IP-Adapter is loaded: call `pipe.unload_ip_adapter()` (a picture has no words to steer)."
@@ -266,7 +296,36 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             alignment = align_tokens(self.tokenizer, source_text, text).without(edited).to(device)
         return Edit(self.embed(prompt), alignment, objects, attributes, mask)
 
-    def check_inputs(self, guidance_scale, output_type, callback_on_step_end_tensor_inputs, refused) -> None:
+    def prepare_edits(
+        self,
+        prompts: Sequence[str],
+        source_prompt: str,
+        masks: Sequence[Sequence[Masks | None]],
+        image_size: tuple[int, int] | None,
+        latent_size: tuple[int, int],
+        settings: Settings,
+        generators: Sequence[torch.Generator | None],
+    ) -> tuple[list[AttentionLayer], list[AttentionLayer], list[Edit]]:
+        """All target prompts by [`~MDEEditPipeline.prepare_edit`].
+
+        Args:
+            masks: object masks and attribute masks, each one dict per prompt.
+            image_size: (height, width) of the picture that masks are drawn on, where it is known.
+
+        Returns:
+            the U-Net's attention layers, those that the losses read, and an edit per prompt.
+        """
+        layers = attention_layers(self.unet, latent_size)
+        loss_layers = select_loss_layers(layers, settings.attention_resolution)
+        mask_sizes = [size for size in (image_size, latent_size) if size is not None]
+        sizes = (mask_sizes, latent_size, loss_layers[0].size)
+        edits = []
+        for prompt, objects, attributes, generator in zip(prompts, *masks, generators):
+            edit = self.prepare_edit(prompt, source_prompt, objects, attributes, *sizes, settings.mask_dilation)
+            edits.append(replace(edit, generator=generator))
+        return layers, loss_layers, edits
+
+    def check_inputs(self, guidance_scale, output_type, callback, callback_on_step_end_tensor_inputs, refused) -> None:
         """Raise for an argument of `__call__` that is not one of its [`Settings`] and cannot be used, naming it."""
         for name in refused:
             if name not in REFUSED:
@@ -275,7 +334,12 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         check_setting("guidance_scale", guidance_scale, float | None, low=1)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}: choose 'pil', 'np', 'pt' or 'latent'.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"`callback_on_step_end` is {callback!r}: pass a function of (pipe, i, t, tensors).")
+        names = callback_on_step_end_tensor_inputs
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` is {names!r}: pass a list of names.")
+        unknown = set(names) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}: choose from"
@@ -364,6 +428,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             num_inner_steps,
             early_stop_epsilon,
         )
+        self.ddim_scheduler(int(num_inference_steps))
         picture = self.read_image(image)
         pixels = self.fit_image(picture, height, width)
         sample_size = self.unet.config.sample_size  # a number, (height, width), or not stated
@@ -387,6 +452,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         early_stop_epsilon: float = 1e-5,
     ) -> Inversion:
         """[`~MDEEditPipeline.invert`] after its checks, from what [`~MDEEditPipeline.check_picture`] gives."""
+        num_inference_steps, num_inner_steps = int(num_inference_steps), int(num_inner_steps)
         scheduler = self.ddim_scheduler(num_inference_steps)
         passes = num_inference_steps * (1 if method == "direct" else 2)
         latents, prompt_embeds, empty_embeds = self.encode(pixels), self.embed(prompt), self.embed("")
@@ -441,6 +507,13 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         Raises:
             ValueError: both are given or neither, or what is given with them contradicts them.
         """
+        check_setting("inversion_method", inversion_method, str, choices=INVERSION_METHODS)
+        # by name: loaded through another door, the class is another object
+        if inversion is not None and type(inversion).__name__ != "Inversion":
+            raise ValueError(
+                f"`inversion` is a {type(inversion).__name__}: pass what `pipe.invert` returned;"
+                " `pipe.load_inversion(path)` reads a file, and a picture is `image`."
+            )
         if (inversion is None) == (image is None):
             raise ValueError("Pass either `inversion` (from `pipe.invert`) or `image` with `source_prompt`, not both.")
         if inversion is None:
@@ -449,13 +522,18 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             steps = 50 if num_inference_steps is None else num_inference_steps
             scale = 7.5 if guidance_scale is None else guidance_scale
             arguments = (source_prompt, steps, inversion_method, scale)
-            return self.check_picture(image, *arguments, prompt_name="source_prompt"), source_prompt, steps, scale
+            picture = self.check_picture(image, *arguments, prompt_name="source_prompt")
+            return picture, source_prompt, int(steps), float(scale)
         self.check_model()
         if source_prompt is not None:
             raise ValueError("`source_prompt` goes with `image`; an inversion knows its own prompt.")
+        try:
+            inversion.check_whole()
+        except ValueError as error:
+            raise ValueError(f"`inversion` is damaged ({error}): call `pipe.invert` again.") from error
         steps = inversion.num_inference_steps
         scale = inversion.guidance_scale if guidance_scale is None else guidance_scale
-        if num_inference_steps not in (None, steps):
+        if check_setting("num_inference_steps", num_inference_steps, int | None, 1) not in (None, steps):
             raise ValueError(f"`num_inference_steps` is {num_inference_steps} and the inversion was made with {steps}.")
         if inversion.method == "null_text" and scale != inversion.guidance_scale:
             raise ValueError(
@@ -491,7 +569,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         mask_dilation: int | None = Settings.mask_dilation,
         background_blend: float = Settings.background_blend,
         eta: float = Settings.eta,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         output_attention_maps: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -554,8 +632,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 Without masks there is no M and no blending.
             eta (`float`, defaults to 0.0):
                 DDIM's eta: above 0, noise from `generator` is added to the edit at every step.
-            generator (`torch.Generator`, *optional*):
-                For `eta` > 0; everything else is deterministic.
+            generator (`torch.Generator` or `list`, *optional*):
+                For `eta` > 0; everything else is deterministic. A list has one per prompt.
             output_attention_maps (`bool`, defaults to `False`):
                 Return the edited words' maps before and after each step's latent guidance.
             output_type (`str`, defaults to `"pil"`):
@@ -564,9 +642,11 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 An [`MDEEditPipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 `callback(pipe, i, t, {"latents": ...})` after each step, latents (prompts, channels, h, w); what it
-                returns under "latents" replaces them.
+                returns under "latents" replaces them. `pipe._interrupt = True` ends the loop, and
+                `pipe._guidance_scale` is that of the steps to come: diffusers' own callbacks work.
             callback_on_step_end_tensor_inputs (`list`, defaults to `["latents"]`):
-                What the callback is given.
+                What the callback is given: "latents", "prompt_embeds" (with classifier-free guidance the unconditional
+                rows come first; what it returns replaces the prompts' for the steps to come).
             refused:
                 Other arguments of [`StableDiffusionPipeline`]; an error that says why and what to do instead.
 
@@ -581,10 +661,14 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         settings = Settings(**{setting.name: arguments[setting.name] for setting in fields(Settings)})
 
         # 1. Check inputs
-        self.check_inputs(guidance_scale, output_type, callback_on_step_end_tensor_inputs, refused)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self.check_inputs(guidance_scale, output_type, *callback, refused)
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         if not prompts:
             raise ValueError("`prompt` is an empty list: give at least one target prompt.")
+        generators = per_prompt_generators(generator, len(prompts))
         masks = [
             per_prompt(m, len(prompts), n)
             for m, n in ((object_masks, "object_masks"), (attribute_masks, "attribute_masks"))
@@ -599,16 +683,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             latent_size = tuple(side // self.vae_scale_factor for side in pixels.shape[-2:])
         else:
             latent_size, image_size = tuple(inversion.latents.shape[-2:]), inversion.image_size
-        mask_sizes = [size for size in (image_size, latent_size) if size is not None]
-        layers = attention_layers(self.unet, latent_size)
-        loss_layers = select_loss_layers(layers, settings.attention_resolution)
-        sizes = (latent_size, loss_layers[0].size)
-        edits = [
-            self.prepare_edit(
-                p, source_prompt, *both, mask_sizes, latent_size, loss_layers[0].size, settings.mask_dilation
-            )
-            for p, *both in zip(prompts, *masks)
-        ]
+        layers, loss_layers, edits = self.prepare_edits(
+            prompts, source_prompt, masks, image_size, latent_size, settings, generators
+        )
         scheduler = self.ddim_scheduler(steps)
         if inversion is None:
             inversion = self.invert_pixels(pixels, image_size, source_prompt, steps, inversion_method, scale)
@@ -624,7 +701,6 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             settings=settings,
             layers=layers,
             loss_layers=loss_layers,
-            generator=generator,
             capture_maps=output_attention_maps,
         )
 
@@ -634,10 +710,11 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         maps: list[dict[WordKey, list[torch.Tensor]]] = [{} for _ in edits]
         with attention_control(self.unet), self.progress_bar(total=steps) as progress:
             # diffusers' protocol: callbacks read the one and set the other
-            self._num_timesteps, self._interrupt = steps, False
+            self._num_timesteps, self._interrupt, self._guidance_scale = steps, False, scale
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
+                run = replace(run, guidance_scale=self._guidance_scale)
                 source = record_source(run, i, t, edits)
                 done = [edit_step(run, i, t, z, edit, source) for z, edit in zip(latents.split(1), edits)]
                 latents = torch.cat([step.latents for step in done])
@@ -654,8 +731,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                     shown = {k: f"{v:.3f}" for k, v in done[-1].losses[-1].items() if k in ("oal", "ccl")}
                     progress.set_postfix(shown)
                 if callback_on_step_end is not None:
-                    tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, i, t, tensors) or {}).pop("latents", latents)
+                    latents, edits = self.call_back(run, i, t, latents, edits, *callback)
                 progress.update()
 
         # 4. Decode
@@ -671,6 +747,30 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         )
         return output if return_dict else tuple(vars(output).values())  # `to_tuple` would drop what is None
 
+    def call_back(
+        self,
+        run: Run,
+        i: int,
+        t: torch.Tensor,
+        latents: torch.Tensor,
+        edits: list[Edit],
+        callback,
+        names: Sequence[str],
+    ) -> tuple[torch.Tensor, list[Edit]]:
+        """Give the user's callback the tensors it asks for after a step; the latents and edits to go on with."""
+        embeds = torch.cat([edit.prompt_embeds for edit in edits])
+        if run.guidance_scale > 1:  # unconditional rows first, as in Stable Diffusion's own pipeline
+            embeds = torch.cat([run.inversion.null_embed(i).to(embeds).expand_as(embeds), embeds])
+        tensors = {"latents": latents, "prompt_embeds": embeds}
+        returned = callback(self, i, t, {name: tensors[name] for name in names})
+        if not (returned is None or isinstance(returned, dict)):
+            raise ValueError(
+                f"`callback_on_step_end` returned a {type(returned).__name__}: return the dict it was given, or None."
+            )
+        tensors |= returned or {}
+        embeds = tensors["prompt_embeds"][-len(edits) :].split(1)
+        return tensors["latents"], [replace(edit, prompt_embeds=embed) for edit, embed in zip(edits, embeds)]
+
     # -----------------------------------------------------------------------------------------------------------------
     # Pictures and latents
     # -----------------------------------------------------------------------------------------------------------------
@@ -678,8 +778,10 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """(1, 3, height, width) in [-1, 1] to latents z_0, (1, channels, h, w) fp32: the mode of the posterior."""
-        posterior = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist
-        return posterior.mode().float() * self.vae.config.scaling_factor
+        encoded = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype))
+        # `AutoencoderTiny` has no posterior
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return latents.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str):
@@ -717,7 +819,24 @@ def per_prompt(masks, num_prompts: int, name: str) -> list[Masks | None]:
     """
     if masks is None or isinstance(masks, dict):
         return [masks] * num_prompts
-    masks = list(masks)
-    if len(masks) != num_prompts or not all(m is None or isinstance(m, dict) for m in masks):
-        raise ValueError(f"`{name}` must be a dict, or a list with one dict per prompt ({num_prompts}).")
-    return masks
+    right = isinstance(masks, (list, tuple)) and len(masks) == num_prompts
+    if not right or not all(m is None or isinstance(m, dict) for m in masks):
+        raise ValueError(
+            f"`{name}` is a {type(masks).__name__}: it must be a dict of word and mask, or a list with one dict per"
+            f" prompt ({num_prompts})."
+        )
+    return list(masks)
+
+
+def per_prompt_generators(generator, num_prompts: int) -> list[torch.Generator | None]:
+    """One generator per prompt, from one for all (which they then draw from in turn) or a list of them.
+
+    Raises:
+        ValueError: neither of these, or a list of another length.
+    """
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * num_prompts
+    if len(generators) != num_prompts or not all(g is None or isinstance(g, torch.Generator) for g in generators):
+        raise ValueError(
+            f"`generator` is {generator!r}: pass a `torch.Generator`, or a list with one per prompt ({num_prompts})."
+        )
+    return generators

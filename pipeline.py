@@ -24,6 +24,7 @@ if _SHARED:
 
 from .attention_processors import attention_control  # noqa: E402, F401
 from .bundle import self_contained_source  # noqa: E402, F401
+from .checks import check_setting  # noqa: E402, F401
 from .denoise import edit_step  # noqa: E402, F401
 from .inversion import Inversion  # noqa: E402
 from .losses import object_alignment_loss  # noqa: E402, F401

@@ -1,6 +1,7 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
 """Prompts as tokens: where a word stands ([`find_token_indices`]), what two prompts share ([`align_tokens`], Eq. 3)."""
 
+import numbers
 import re
 from collections.abc import Sequence
 from typing import NamedTuple, Union
@@ -58,8 +59,9 @@ def find_token_indices(tokenizer, prompt: str, key: WordKey) -> tuple[int, ...]:
     """
     words = prompt_words(tokenizer, prompt)
     last = max((positions[-1] for _, positions in words), default=0)
-    if isinstance(key, int) or (isinstance(key, tuple) and key and all(isinstance(k, int) for k in key)):
-        indices = (key,) if isinstance(key, int) else tuple(sorted(set(key)))
+    parts = key if isinstance(key, tuple) else (key,)
+    if parts and all(isinstance(k, numbers.Integral) and not isinstance(k, bool) for k in parts):
+        indices = tuple(sorted({int(k) for k in parts}))
         if indices[0] < 1 or indices[-1] > last:
             raise ValueError(
                 f"Token position {key!r} is not a word of the prompt {prompt!r}: its words are at 1..{last}."
@@ -67,7 +69,8 @@ def find_token_indices(tokenizer, prompt: str, key: WordKey) -> tuple[int, ...]:
         return indices
 
     text, occurrence = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
-    if not isinstance(text, str) or not (occurrence is None or isinstance(occurrence, int)):
+    whole = isinstance(occurrence, numbers.Integral) and not isinstance(occurrence, bool)
+    if not isinstance(text, str) or not (occurrence is None or whole):
         raise ValueError(
             f"{key!r} does not name a word: use a word ('dog'), one occurrence of it (('dog', 1)) or token positions"
             " (5 or (5, 6))."
@@ -141,7 +144,8 @@ def align_tokens(tokenizer, source_prompt: str, prompt: str) -> TokenAlignment:
     pairs += [(i + 1, j + 1) for i, j in _common_subsequence(source, target)]
     padding = total - 2 - max(len(source), len(target))
     pairs += [(total - k, total - k) for k in range(1, padding + 1)]
-    mapper, shared = torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool)
+    mapper = torch.zeros(total, dtype=torch.long, device="cpu")
+    shared = torch.zeros(total, dtype=torch.bool, device="cpu")
     for i, j in pairs:
         mapper[j], shared[j] = i, True
     return TokenAlignment(mapper, shared)

@@ -26,12 +26,15 @@ COMBINATIONS = {
 }
 TESTS = (
     "prompts",
+    "pictures",
     "masks",
     "losses",
     "attention_processors",
     "inversion",
     "denoise",
     "mde_pipeline",
+    "inputs",
+    "threads",
     "dropin",
     "doors",
     "publish",

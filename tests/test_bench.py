@@ -1,5 +1,6 @@
 """The benchmark: cases, metrics, runner, tables and converters, on real but tiny parts."""
 
+import copy
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mde_edit.attention_processors import Record, attention_control
 from PIL import Image
 
 from benchmarks import attention, convert, draw, metrics, run, tables, tradeoff, tune
@@ -581,3 +583,23 @@ def test_coco(tmp_path):
     assert {word for word, _ in case.object_masks} == {"bear", "cow"}
     left = case.regions[0]
     assert left.source == "cat" and np.nonzero(left.mask)[1].max() < 30
+
+
+def test_softening_spreads_the_attention_of_words_and_is_recorded(tiny, tiny_cases, tmp_path, components):
+    unet = copy.deepcopy(components["unet"])
+    names = frozenset(name for name in unet.attn_processors if ".attn2." in name)
+
+    def peak():
+        record = Record(names, frozenset())
+        with attention_control(unet), torch.no_grad():
+            unet(torch.ones(1, 4, 8, 8), 1, tiny.embed("a cat"), cross_attention_kwargs={"control": record})
+        return torch.stack([maps.amax(-1).mean() for maps in record.cross.values()]).mean().item()
+
+    sharp = peak()
+    run.soften(unet, 0.2)
+    assert 1 / 77 < peak() < 0.8 * sharp
+    run.soften(unet, 0.0)
+    assert peak() == pytest.approx(1 / 77)
+    run.main(arguments(tiny_cases, tmp_path / "out", "--methods", "vae", "--limit", "1", "--soften", "0.5"))
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/*.json")]
+    assert records and all(record["soften"] == 0.5 for record in records)

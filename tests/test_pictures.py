@@ -1,6 +1,7 @@
 """What people bring as a picture or a mask, and what must come of it: the same latents, or a refusal that names it."""
 
 import io
+import os
 
 import numpy as np
 import PIL.Image
@@ -271,7 +272,7 @@ def arrays(draw):
 
 
 @given(arrays())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=int(os.environ.get("FUZZ", 300)), deadline=None)
 def test_any_array_is_read_or_refused_by_name(value):
     for read in (lambda: on_white(read_pixels(value, "`image`")), lambda: as_binary_mask(value, "`image`", [(1, 1)])):
         try:

@@ -1,0 +1,40 @@
+# Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
+"""What a number, a name or a text has to be; every refusal names the argument and says what would do."""
+
+import numbers
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+
+
+def check_setting(name: str, value, kind, low=None, high=None, choices: Sequence[str] = ()):
+    """`value` as what `kind` says (`int`, `float`, `str`, or one of them `| None`), numpy's numbers and 5.0 for 5 too.
+
+    Raises:
+        ValueError: another type (`True` is not a number), or out of range.
+    """
+    kinds = get_args(kind) or (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    if choices:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
+        return value
+    whole = int in kinds
+    number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
+    # beyond this a number is a mistake, and overflows where it is computed with
+    if not number or not low <= value <= (1e9 if high is None else high) or (whole and value != int(value)):
+        span = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ValueError(f"`{name}` is {value!r}: use a {'whole ' if whole else ''}number {span}.")
+    return int(value) if whole else float(value)
+
+
+def check_text(name: str, value) -> None:
+    """Raise `ValueError` unless `value` is text with something in it that can be encoded."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{name}` is {value!r}: describe the picture in words.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"`{name}` is {value!r}: it holds half a character (a lone surrogate); remove it.") from None
