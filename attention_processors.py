@@ -244,14 +244,13 @@ def attention_control(unet):
     """The one place that touches the U-Net: freezes its weights and lets each call bring its own control.
 
     Processors and every parameter's `requires_grad` are put back on any exit, also after an exception. One thread at a
-    time; inside, the same thread may enter again. A compiled U-Net runs uncompiled: controls change from call to call,
-    and a pass may leave in the middle.
+    time; inside, the same thread may enter again, and is told so (`True`). A compiled U-Net runs uncompiled: controls
+    change from call to call, and a pass may leave in the middle.
     """
     control = _Control(unet)
     with control:  # twice: where Ctrl-C cuts the inner one's leaving short, the outer one leaves in full
         with control:
-            control.enter()
-            yield
+            yield control.enter()
 
 
 class _Control:
@@ -270,6 +269,7 @@ class _Control:
             self.unet.set_attn_processor(dict(self.processors))  # it empties the dictionary it is given
             for name, parameter in self.unet.named_parameters():
                 parameter.requires_grad_(self.grads[name])
+            self.processors = None  # once the lock is given back, the U-Net may be another thread's
         if self in _COMPILED or self.stance_held:
             self.stance_held = self.stance_held or _STANCE.acquire()
             _COMPILED.discard(self)
@@ -280,11 +280,11 @@ class _Control:
         if self.held:
             self.held = self.lock.release()
 
-    def enter(self) -> None:
+    def enter(self) -> bool:
         self.held = self.lock.acquire()
         processors = dict(self.unet.attn_processors)
         if any(isinstance(processor, MDEAttnProcessor) for processor in processors.values()):
-            return  # a call within a call, under the control that is there
+            return True  # a call within a call, under the control that is there
         # by name: CPU offload replaces the parameters it moves
         self.grads = {name: p.requires_grad for name, p in self.unet.named_parameters()}
         self.processors = processors
@@ -298,6 +298,7 @@ class _Control:
             if not _STANCE_BEFORE:
                 _STANCE_BEFORE.append(set_stance("force_eager"))
             self.stance_held = _STANCE.release()
+        return False
 
 
 def _is_compiled(unet) -> bool:

@@ -8,6 +8,7 @@ is the API: check, prepare, loop, decode. The paper is in `denoise.py` (a step, 
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 )
             sizes.append((own if wanted is None else int(wanted)) // factor * factor)
         if tuple(sizes) == tuple(pixels.shape[:2]):
-            return self.image_processor.preprocess(pixels.movedim(-1, 0)[None])
+            tensor = self.image_processor.preprocess(pixels.movedim(-1, 0)[None])
+            # in the memory order that the processor gives PIL pictures: convolutions round by it
+            return tensor.contiguous(memory_format=torch.channels_last)
         # In PIL's eight bits, whatever the picture came as: the processor resizes tensors without smoothing.
         picture = PIL.Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
         return self.image_processor.preprocess(picture, *sizes)
@@ -708,9 +711,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         latents = run.inversion.source_latents(0).repeat(len(edits), 1, 1, 1)  # (prompts, channels, h, w), each at z_T
         losses: list[list[dict[str, float]]] = [[] for _ in edits]
         maps: list[dict[WordKey, list[torch.Tensor]]] = [{} for _ in edits]
-        with attention_control(self.unet), self.progress_bar(total=steps) as progress:
-            # diffusers' protocol: callbacks read the one and set the other
-            self._num_timesteps, self._interrupt, self._guidance_scale = steps, False, scale
+        control, bar = attention_control(self.unet), self.progress_bar(total=steps)
+        with control as nested, self.talk_to_callbacks(steps, scale, nested), bar as progress:
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
@@ -746,6 +748,20 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             losses=losses,
         )
         return output if return_dict else tuple(vars(output).values())  # `to_tuple` would drop what is None
+
+    @contextmanager
+    def talk_to_callbacks(self, num_timesteps: int, guidance_scale: float, nested: bool):
+        """diffusers' protocol, which is attributes of the pipeline: callbacks read the steps and set the rest.
+        A call within a call's callback gives them back."""
+        values = {"_num_timesteps": num_timesteps, "_guidance_scale": guidance_scale, "_interrupt": False}
+        before = {name: getattr(self, name, None) for name in values}
+        try:
+            for name, value in values.items():
+                setattr(self, name, value)
+            yield
+        finally:
+            for name, value in before.items() if nested else ():
+                setattr(self, name, value)
 
     def call_back(
         self,

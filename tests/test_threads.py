@@ -89,15 +89,32 @@ def test_a_callback_may_edit_and_invert_on_the_same_unet(own, image, masks):
     before = state_of(own)
     inversion = own.invert(image, SOURCE, 2, method="direct", guidance_scale=3.0)
 
+    def fail(pipe, i, t, tensors):
+        pipe._interrupt = True
+        raise ZeroDivisionError
+
     def callback(pipe, i, t, tensors):
         inner.append(torch.equal(work["edit"](), expected))
         work["inversion"]()
+        with pytest.raises(ZeroDivisionError):  # another scale, an interruption and an error stay the inner call's
+            own("a cat", inversion, guidance_scale=1.0, callback_on_step_end=fail, **EDIT)
         assert any(not p.requires_grad for p in pipe.unet.parameters())  # the outer call still holds them
         return tensors
 
     masks = {"object_masks": {"dog": masks[0]}, "attribute_masks": {"red": masks[1]}}
     assert torch.equal(own(TARGET, inversion, **masks, **EDIT, callback_on_step_end=callback).images, expected)
     assert inner == [True, True] and state_of(own) == before
+
+
+def test_leaving_for_the_second_time_touches_nothing(own):
+    """Between an inner and an outer leaving the lock is free, and the U-Net may be another thread's."""
+    control = attention_processors._Control(own.unet)
+    control.enter()
+    control.__exit__()
+    with attention_control(own.unet):
+        during = state_of(own)
+        control.__exit__()
+        assert state_of(own) == during
 
 
 class Stance:
