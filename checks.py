@@ -23,8 +23,11 @@ def check_setting(name: str, value, kind, low=None, high=None, choices: Sequence
         return value
     whole = int in kinds
     number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
-    # beyond this a number is a mistake, and overflows where it is computed with
-    if not number or not low <= value <= (1e9 if high is None else high) or (whole and value != int(value)):
+    if high is None:  # beyond this a number overflows where it is computed with
+        limit = 1e9 if isinstance(value, numbers.Integral) else 1e38
+    else:
+        limit = high
+    if not number or not low <= value <= limit or (whole and value != int(value)):
         span = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise ValueError(f"`{name}` is {value!r}: use a {'whole ' if whole else ''}number {span}.")
     return int(value) if whole else float(value)
