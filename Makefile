@@ -56,15 +56,16 @@ bench-tradeoff: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set dev --out bench_out/dev/cases
 	$(SPREAD) -m benchmarks.tradeoff --cases bench_out/dev/cases --out bench_out/tradeoff $(if $(LIMIT),--limit $(LIMIT))
 
+# Models this small only lose by sharing their work: one thread each, one process per core.
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -m slow
 
-# Ten thousand calls and arrays of any kind; `make test` makes 300 of each.
+# Ten thousand calls, arrays and configs of any kind; `make test` makes 300 of each.
 fuzz: $(VENV)/test
-	FUZZ=10000 $(BIN)/python -m pytest tests/test_inputs.py tests/test_pictures.py -k any_ --hypothesis-seed 0
+	FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_inputs.py tests/test_pictures.py tests/test_cli.py -k any_
 
 # The tests on older releases of diffusers and transformers, each in a folder under build/matrix: half an hour.
 test-matrix: $(VENV)/test

@@ -8,7 +8,7 @@ Inside [`attention_control`] every layer obeys the [`Record`] or [`Inject`] that
 import re
 import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -226,6 +226,25 @@ class MDEAttnProcessor:
         return out
 
 
+def check_untouched(unet) -> None:
+    """Raise `ValueError` where another tool has changed what an attention layer of the U-Net computes or skips: its
+    maps would not be those of the words at the pixels, or none."""
+    for name, module in unet.named_modules():
+        if type(module).__name__ == "ToMeBlock":
+            raise ValueError(
+                "tomesd is applied to this U-Net and merges pixels before they attend, so that no map says where a word"
+                " is: call `tomesd.remove_patch(pipe)`."
+            )
+        # diffusers' caches replace a layer's forward; its offloading and casting only act before and after it
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        replacing = [hook for hook in hooks if hasattr(hooks[hook], "new_forward")]
+        if replacing:
+            raise ValueError(
+                f"The U-Net's layer {name!r} has the hook {replacing[0]!r}, which reuses or skips what it computes, and"
+                " an edit needs all of it: load the U-Net without this cache."
+            )
+
+
 _LOCKS: WeakKeyDictionary = WeakKeyDictionary()  # U-Net or tokenizer -> its lock, whichever pipelines share it
 _STANCE = threading.RLock()  # held while one of the next two changes
 _COMPILED: set["_Control"] = set()  # controls of compiled U-Nets at work
@@ -338,13 +357,25 @@ def predict(
     Returns:
         (batch, channels, h, w) fp32: noise or velocity, whichever the model predicts.
     """
-    return unet(
-        latents.to(unet.dtype),
-        timestep,
-        encoder_hidden_states=embeds.to(unet.dtype),
-        cross_attention_kwargs=None if control is None else {"control": control},
-        return_dict=False,
-    )[0].float()
+    # Weights stored in fp8 are in the compute dtype only while their layer runs, not when the backward pass needs them.
+    small = torch.is_grad_enabled() and any(p.is_floating_point() and p.itemsize == 1 for p in unet.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack) if small else nullcontext():
+        return unet(
+            latents.to(unet.dtype),
+            timestep,
+            encoder_hidden_states=embeds.to(unet.dtype),
+            cross_attention_kwargs=None if control is None else {"control": control},
+            return_dict=False,
+        )[0].float()
+
+
+def _pack(saved: torch.Tensor):
+    """For the backward pass: a weight as itself and the dtype it had, anything else as it is."""
+    return (saved, saved.dtype) if isinstance(saved, torch.nn.Parameter) else saved
+
+
+def _unpack(packed):
+    return packed[0].to(packed[1]) if isinstance(packed, tuple) else packed
 
 
 def own_maps(

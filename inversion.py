@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .attention_processors import gradient, predict
+from .attention_processors import Record, gradient, predict
 from .checks import check_setting, check_text
 
 
 INVERSION_METHODS = ("null_text", "negative_prompt", "direct")
+
+# Of a prediction's norm, by the U-Net's dtype. Measured on emoji_ldm: rounding 3e-7, 5e-4 and 4e-3, weights moved by a
+# thousandth 1.3e-3, a LoRA at 0.9 of its strength 2e-3; fp32 leaves room for TF32.
+FINGERPRINT_TOLERANCE = {"torch.float32": 5e-4, "torch.float16": 5e-3, "torch.bfloat16": 2e-2}
 
 
 @torch.no_grad()
@@ -180,21 +184,57 @@ def invert_latents(
     return trajectory.contiguous(), null_embeds
 
 
-def model_fingerprint(*models: torch.nn.Module) -> torch.Tensor:
-    """One value from the middle of every weight of `models`: enough to tell two sets of them apart.
+def probe_noise(channels: int, num_levels: int) -> torch.Tensor:
+    """The same small noise everywhere, (1, channels, side, side) fp32 on the CPU. What a model of `num_levels`
+    resolutions answers to it tells it from others, however its weights are stored: the coarsest level has 2x2 cells,
+    the fewest on which every weight of a 3x3 convolution counts."""
+    side = 2**num_levels
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(1, channels, side, side, generator=generator, device="cpu")
+
+
+@torch.no_grad()
+def model_fingerprint(unet, scheduler, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """What the model predicts for [`probe_noise`] in the middle of the noise schedule: the same for weights that are
+    fused, offloaded or held in another dtype, another with another LoRA, strength or text encoder. Inside
+    [`attention_control`].
+
+    Args:
+        prompt_embeds: (1, tokens, dim), the source prompt.
 
     Returns:
-        (number of parameters,) fp32, on the CPU.
+        (1, channels, side, side) fp32, on the CPU.
+
+    Raises:
+        ValueError: layers under control predict something else than the layers' own processors, or without a gradient.
+        FloatingPointError: the prediction is not finite.
     """
-    values = {}
-    for module in (module for model in models for module in model.modules()):
-        for name, parameter in module.named_parameters(recurse=False):
-            # Sequential offload leaves an empty parameter in the model and keeps its value in its hook.
-            weight = module._hf_hook.weights_map[name] if parameter.is_meta else parameter.detach()
-            values.setdefault(parameter, weight.flatten()[weight.numel() // 2].float())
-    if len({value.device for value in values.values()}) > 1:  # offloaded in part
-        values = {parameter: value.cpu() for parameter, value in values.items()}
-    return torch.stack(list(values.values())).cpu()  # one transfer, not one per weight
+    noise = probe_noise(unet.config.in_channels, len(unet.config.block_out_channels)).to(prompt_embeds.device)
+    timestep = torch.tensor(scheduler.config.num_train_timesteps // 2, device=noise.device)
+    everywhere = frozenset(unet.attn_processors)
+    own, record = predict(unet, noise, timestep, prompt_embeds), Record(everywhere, everywhere)
+    with torch.enable_grad():
+        controlled = predict(unet, noise.requires_grad_(), timestep, prompt_embeds, record)
+        spread = sum(maps.square().sum() for maps in record.cross.values())
+    if not torch.isfinite(own).all():
+        raise FloatingPointError(
+            f"A U-Net in {unet.dtype} predicts numbers that are not finite: load it in float32 or bfloat16."
+        )
+    # not the tolerance of rounding: where activations are quantized, rounding decides by whole steps
+    if (controlled - own).norm() > 0.1 * own.norm():
+        originals = (getattr(processor, "original", processor) for processor in unet.attn_processors.values())
+        names = ", ".join(sorted({type(processor).__name__ for processor in originals}))
+        raise ValueError(
+            f"The U-Net's attention processors ({names}) do more than attend, and an edit replaces them in the layers"
+            " that it steers: put plain ones in, as with `pipe.unet.set_attn_processor(AttnProcessor2_0())`."
+        )
+    slope = torch.autograd.grad(spread, noise, allow_unused=True)[0] if spread.requires_grad else None
+    if slope is None or not slope.any():
+        raise ValueError(
+            "No gradient runs through this U-Net's attention, which the losses need: where activations are quantized,"
+            " quantize the weights alone."
+        )
+    return own.cpu()
 
 
 @dataclass(frozen=True, eq=False)  # a value of tensors has no one truth value of its equality
@@ -212,7 +252,7 @@ class Inversion:
         timesteps: (steps,) int64, descending.
         alphas_cumprod: (steps,) fp32, the scheduler's noise levels at `timesteps`.
         prediction_type: what the U-Net predicts ("epsilon", "v_prediction").
-        fingerprint: (number of weights,) fp32, see [`model_fingerprint`].
+        fingerprint: (1, channels, side, side) fp32, what the model did, see [`model_fingerprint`].
         model_dtype: the U-Net's dtype, as text.
         image_size: (height, width) of the picture before it was resized, whose proportions a mask may have.
     """
@@ -317,8 +357,8 @@ class Inversion:
                 raise ValueError(f"its {name} are not finite numbers")
         if self.timesteps.is_floating_point() or self.timesteps.min() < 0:
             raise ValueError("its timesteps are not whole numbers from 0")
-        if not isinstance(self.fingerprint, torch.Tensor) or self.fingerprint.ndim != 1:
-            raise ValueError("its fingerprint is no list of numbers")
+        if not isinstance(self.fingerprint, torch.Tensor) or self.fingerprint.ndim != 4:
+            raise ValueError("its fingerprint is no prediction, as before version 0.2")
         check_setting("method", self.method, str, choices=INVERSION_METHODS)
         check_setting("guidance_scale", self.guidance_scale, float, 1)
         check_text("prompt", self.prompt)
@@ -328,23 +368,9 @@ class Inversion:
         if size is not None and not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
             raise ValueError(f"its image size is {size!r}")
 
-    def check_matches(self, fingerprint: torch.Tensor, model_dtype: str, scheduler) -> None:
-        """Raise `ValueError` unless this inversion was made with the same weights and noise schedule.
-
-        Args:
-            fingerprint, model_dtype: of the model at hand, see [`model_fingerprint`].
-            scheduler: its `DDIMScheduler` with its timesteps set for this many steps.
-        """
-        # Weights that were rounded to another dtype are still the same model.
-        tolerance = 0.0 if model_dtype == self.model_dtype else 5e-3
-        same = len(fingerprint) == len(self.fingerprint) and bool(
-            (fingerprint - self.fingerprint).norm() <= tolerance * self.fingerprint.norm()
-        )
-        if not same:
-            raise ValueError(
-                "The inversion was made with another model (or with a LoRA this one lacks): its latents mean nothing"
-                " here. Call `pipe.invert` again with the pipeline that edits."
-            )
+    def check_schedule(self, scheduler) -> None:
+        """Raise `ValueError` unless this inversion was made with the noise schedule of `scheduler`, a `DDIMScheduler`
+        with its timesteps set for this many steps."""
         if (
             scheduler.config.prediction_type != self.prediction_type
             or not torch.equal(scheduler.timesteps.cpu(), self.timesteps.cpu())
@@ -353,6 +379,17 @@ class Inversion:
             raise ValueError(
                 "The inversion was made with another noise schedule (timesteps, betas or prediction type). Give the"
                 " pipeline the scheduler it had then, or call `pipe.invert` again."
+            )
+
+    def check_model(self, fingerprint: torch.Tensor, model_dtype: str) -> None:
+        """Raise `ValueError` unless this inversion was made with a model that does what the one at hand does, of
+        which [`model_fingerprint`] and the dtype are given."""
+        tolerance = max(FINGERPRINT_TOLERANCE.get(dtype, 2e-2) for dtype in (model_dtype, self.model_dtype))
+        fits = fingerprint.shape == self.fingerprint.shape
+        if not (fits and (fingerprint - self.fingerprint).norm() <= tolerance * self.fingerprint.norm()):
+            raise ValueError(
+                "The inversion was made with another model, or another LoRA, adapter strength, text encoder or FreeU"
+                " setting: its latents mean nothing here. Call `pipe.invert` again with the pipeline that edits."
             )
 
 

@@ -21,11 +21,25 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput, logging
 
-from .attention_processors import AttentionLayer, attention_control, attention_layers, lock_of, select_loss_layers
+from .attention_processors import (
+    AttentionLayer,
+    attention_control,
+    attention_layers,
+    check_untouched,
+    lock_of,
+    select_loss_layers,
+)
 from .bundle import CarriesItsCode
 from .checks import check_setting, check_text
 from .denoise import PRESETS, Edit, Region, Run, Settings, edit_step, record_source
-from .inversion import INVERSION_METHODS, Inversion, check_inversion_settings, invert_latents, model_fingerprint
+from .inversion import (
+    INVERSION_METHODS,
+    Inversion,
+    check_inversion_settings,
+    invert_latents,
+    model_fingerprint,
+    probe_noise,
+)
 from .losses import object_alignment_loss  # noqa: F401  diffusers copies a plug-in's direct imports only: import all
 from .masks import MaskInput, as_binary_mask, binarize_mask, edit_mask, resize_mask
 from .pictures import on_white, read_pixels
@@ -221,6 +235,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
 
     def check_model(self) -> None:
         """Raise `ValueError` for a model, or an add-on to it, that does not take the passes of this method."""
+        check_untouched(self.unet)
         config = self.unet.config
         if any(parameter.is_inference() for parameter in self.unet.parameters()):
             raise ValueError(
@@ -460,6 +475,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         passes = num_inference_steps * (1 if method == "direct" else 2)
         latents, prompt_embeds, empty_embeds = self.encode(pixels), self.embed(prompt), self.embed("")
         with attention_control(self.unet), self.progress_bar(total=passes) as progress:
+            fingerprint = model_fingerprint(self.unet, scheduler, prompt_embeds)
             trajectory, null_embeds = invert_latents(
                 self.unet,
                 scheduler,
@@ -483,7 +499,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             timesteps=scheduler.timesteps.cpu(),
             alphas_cumprod=scheduler.alphas_cumprod[scheduler.timesteps.cpu()],
             prediction_type=scheduler.config.prediction_type,
-            fingerprint=model_fingerprint(self.unet, self.text_encoder),
+            fingerprint=fingerprint,
             model_dtype=str(self.unet.dtype),
             image_size=image_size,
         )
@@ -689,17 +705,18 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         layers, loss_layers, edits = self.prepare_edits(
             prompts, source_prompt, masks, image_size, latent_size, settings, generators
         )
-        scheduler = self.ddim_scheduler(steps)
+        scheduler, source_embeds = self.ddim_scheduler(steps), self.embed(source_prompt)
         if inversion is None:
             inversion = self.invert_pixels(pixels, image_size, source_prompt, steps, inversion_method, scale)
         else:
-            fingerprint = model_fingerprint(self.unet, self.text_encoder)
-            inversion.check_matches(fingerprint, str(self.unet.dtype), scheduler)
+            inversion.check_schedule(scheduler)
+            with attention_control(self.unet):
+                inversion.check_model(model_fingerprint(self.unet, scheduler, source_embeds), str(self.unet.dtype))
         run = Run(
             unet=self.unet,
             scheduler=scheduler,
             inversion=inversion.to(self._execution_device),
-            source_embeds=self.embed(source_prompt),
+            source_embeds=source_embeds,
             guidance_scale=scale,
             settings=settings,
             layers=layers,
@@ -811,7 +828,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         if output_type == "latent":
             return inversion.source_latents(inversion.num_inference_steps)
         flags = sorted((name, value) for name, value in vars(self.vae).items() if isinstance(value, (int, float)))
-        decoder = (*flags, self.vae.dtype, model_fingerprint(self.vae).numpy().tobytes())
+        probe = self.decode_pixels(probe_noise(self.vae.config.latent_channels, 1))
+        decoder = (*flags, self.vae.dtype, probe.float().cpu().numpy().tobytes())
         return self.finish(inversion.decoded(decoder, self.decode_pixels).clone(), output_type)[0]
 
     def decode_pixels(self, latents: torch.Tensor) -> torch.Tensor:

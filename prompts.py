@@ -2,7 +2,6 @@
 """Prompts as tokens: where a word stands ([`find_token_indices`]), what two prompts share ([`align_tokens`], Eq. 3)."""
 
 import numbers
-import re
 from collections.abc import Sequence
 from typing import NamedTuple, Union
 
@@ -11,6 +10,9 @@ import torch
 
 # A word or phrase, its k-th occurrence, or token positions, as users name what a mask is for.
 WordKey = Union[str, tuple[str, int], int, tuple[int, ...]]
+
+# Marks of the sentence, which around a word do not belong to it ("dog," is "dog"); those of "$5" and "c++" do.
+_SURROUNDING = frozenset(".,;:!?…'\"`()[]{}«»‹›„“”‚‘’¡¿。，、！？；：-–—")
 
 
 def _content_ids(tokenizer, text: str) -> list[int]:
@@ -41,7 +43,7 @@ def prompt_words(tokenizer, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
         if token.endswith("</w>") or token_id in tokenizer.added_tokens_decoder or position + 1 == len(ids):
             # a deep copy of a fast tokenizer (transformers 5) decodes without removing the marks
             text = tokenizer.decode(ids[start : position + 1]).replace("</w>", "")
-            words.append((text.strip(), tuple(range(start + 1, position + 2))))
+            words.append((text.strip(" "), tuple(range(start + 1, position + 2))))
             start = position + 1
     return words
 
@@ -50,8 +52,9 @@ def find_token_indices(tokenizer, prompt: str, key: WordKey) -> tuple[int, ...]:
     """Token positions (0 is the start token) of what `key` names in `prompt`.
 
     Args:
-        key: a word or phrase (`"dog"`, `"polar bear"`; case and surrounding punctuation do not matter), one occurrence
-            of it (`("dog", 1)` is the second), or positions themselves (`5`, `(5, 6)`).
+        key: a word or phrase (`"dog"`, `"polar bear"`; case and the sentence's punctuation around it do not matter;
+            `"$5"`, `"🐶"`, `"&"`, `"!"` are words), one occurrence of it (`("dog", 1)` is the second), or positions
+            themselves (`5`, `(5, 6)`).
 
     Raises:
         ValueError: the word is not in the prompt, occurs several times and none was chosen, or a position is out of
@@ -76,10 +79,9 @@ def find_token_indices(tokenizer, prompt: str, key: WordKey) -> tuple[int, ...]:
             " (5 or (5, 6))."
         )
     wanted = [word for word, _ in prompt_words(tokenizer, text)]
-    while wanted and not re.search(r"\w", wanted[-1]):
-        wanted.pop()
-    while wanted and not re.search(r"\w", wanted[0]):
-        wanted.pop(0)
+    inner = [i for i, word in enumerate(wanted) if not set(word) <= _SURROUNDING]
+    if inner:  # else a mark is what is meant
+        wanted = wanted[inner[0] : inner[-1] + 1]
     spelled = [word for word, _ in words]
     starts = [i for i in range(len(words) - len(wanted) + 1) if wanted and spelled[i : i + len(wanted)] == wanted]
     if not starts:

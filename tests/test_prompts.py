@@ -1,9 +1,10 @@
 """Words to token positions and prompts to an alignment."""
 
 import itertools
+from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mde_edit.prompts import align_tokens, check_prompt_length, find_token_indices, prompt_words
 
@@ -57,7 +58,7 @@ def test_phrases_positions_and_words_agree(tokenizer):
     [
         ("dog", "'dog' is not in the prompt .* Its words are: 'a', 'cat'"),
         ("", "is not in the prompt"),
-        ("!", "is not in the prompt"),
+        ("?", "is not in the prompt"),
         ("a", r"'a' occurs 2 times .* choose one of \('a', 0\), \('a', 1\)"),
         (("a", 2), "no occurrence 2"),
         (("a", -1), "no occurrence -1"),
@@ -123,3 +124,26 @@ def test_equal_prompts_share_everything(tokenizer):
     alignment = align_tokens(tokenizer, "a cat", "a cat")
     assert alignment.shared.all() and alignment.mapper.tolist() == list(range(77))
     assert not alignment.without([2]).shared[2]
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12))
+@example("a 🐶 & a $5 dog, 50% c++ c# !")
+@example("e\u0301 न\u093f \u0301 \u200d👩\u200d🚀 'İ it's <b>")
+def test_every_token_belongs_to_a_word_that_can_be_named(tokenizer, prompt):
+    words = prompt_words(tokenizer, prompt)
+    count = len(tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids)
+    assert [i for _, positions in words for i in positions] == list(range(1, count + 1))
+    seen = Counter()
+    for word, positions in words:
+        assert find_token_indices(tokenizer, prompt, (word, seen[word])) == positions
+        seen[word] += 1
+
+
+@pytest.mark.parametrize(
+    "word", ["🐶", "&", "$5", "50%", "c++", "c#", "e\u0301", "न\u093f", "#1", "@home", "it's", "!"]
+)
+def test_a_word_keeps_all_of_its_marks(tokenizer, word):
+    before, after = "a dog and ", " on grass"
+    start, end = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in (before, before + word))
+    positions = tuple(range(start + 1, end + 1))
+    assert find_token_indices(tokenizer, before + word + after, word) == positions

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mde_edit import MDEEditPipeline
 from mde_edit.denoise import Settings
-from mde_edit.tools.cli import build_parser
+from mde_edit.tools.options import build_parser
 
 from benchmarks.methods import METHODS
 
@@ -25,7 +25,7 @@ def test_a_default_is_told_once():
     assert told == defaults
     (commands,) = (action for action in build_parser()._actions if action.dest == "command")
     flags = {action.dest: action for action in commands.choices["edit"]._actions}
-    assert {name: flags[name].help for name in defaults} == {n: f"default: {v}" for n, v in defaults.items()}
+    assert {name: flags[name].help for name in defaults} == {n: f"(default: {v})".lower() for n, v in defaults.items()}
     own = {"inversion": "direct", "guidance_scale": 2.5, "optimization_iterations": 5}  # the embedded model's
     assert METHODS["mde"].settings == {**defaults, **own}
 

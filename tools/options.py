@@ -1,0 +1,236 @@
+# Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
+"""What can be set on the command line: flags over a JSON config over the defaults, all checked by the same rules."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from ..checks import check_setting
+from ..denoise import PRESETS, Settings
+from ..inversion import INVERSION_METHODS
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a command: a flag and a key of its config.
+
+    kind: `str`, `int`, `float`, one of them `| None`, or `dict` for masks by word. low, high: range of a number.
+    """
+
+    kind: Any
+    help: str
+    default: Any = None
+    low: float | None = None
+    high: float | None = None
+    choices: Sequence[str] = ()
+    metavar: str | None = None
+
+    def check(self, name: str, value):
+        """`value` as this option takes it; raises `ValueError` naming it."""
+        if self.kind is dict:
+            return _check_masks(name, value)
+        if self.kind is str and not self.choices:
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"`{name}` is {value!r}: use a text.")
+            return value
+        return check_setting(name, value, self.kind, self.low, self.high, self.choices)
+
+
+_MODEL = {
+    "model": Option(str, "folder or Hub name of a Stable Diffusion 1.x/2.x model", "emoji_ldm"),
+    "device": Option(str, "cuda, mps, cpu (default: the best there is)"),
+    "dtype": Option(str, "of the model", "float32", choices=("float32", "bfloat16", "float16")),
+}
+# What makes an inversion; a file of one brings these.
+_INVERSION = {
+    "image": Option(str, "the picture: file or URL"),
+    "source_prompt": Option(str, "what the picture shows"),
+    "method": Option(str, "inversion", "null_text", choices=INVERSION_METHODS),
+    "steps": Option(int, "DDIM steps", 50, low=1),
+    "height": Option(int, "resize the picture to this height", low=1),
+    "width": Option(int, "resize the picture to this width", low=1),
+}
+_GUIDANCE = {"guidance_scale": Option(float, "classifier-free guidance (default: 7.5, or the inversion's)", low=1)}
+_SETTINGS = {
+    setting.name: Option(setting.type, "", setting.default, **setting.metadata) for setting in fields(Settings)
+}
+_EDIT = {
+    "prompt": Option(str, "what the picture should show"),
+    "object": Option(dict, "new object and its region; again for another, or for a union", metavar="WORD=MASK"),
+    "attribute": Option(dict, "attribute and its region", metavar="WORD=MASK"),
+    "inversion": Option(str, "file from `mde-edit invert`, instead of --image and --source-prompt"),
+    "seed": Option(int, "of the noise that --eta adds", low=0, high=2**63 - 1),
+    "preset": Option(str, "named settings, which flags and the config override", choices=tuple(PRESETS)),
+    **_SETTINGS,
+}
+_OUT = {"out": Option(str, "where to write: a folder (edit) or a .safetensors file (invert)")}
+OPTIONS: dict[str, dict[str, Option]] = {
+    "invert": {**_MODEL, **_INVERSION, **_GUIDANCE, **_OUT},
+    "edit": {**_MODEL, **_INVERSION, **_GUIDANCE, **_EDIT, **_OUT},
+}
+_HELP = {"invert": "invert a picture once, to edit it often", "edit": "edit a picture"}
+_PATHS = ("image", "inversion")
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses as everything here does: a `ValueError`, which becomes one line."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def mask_key(word: str):
+    """The pipeline's key for "dog" or "dog:1"."""
+    name, separator, occurrence = word.rpartition(":")
+    return (name, int(occurrence)) if separator and occurrence.isdecimal() else word
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mde-edit", description="Mask-guided editing of several objects of one picture.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, options in OPTIONS.items():
+        sub = commands.add_parser(command, help=_HELP[command], argument_default=argparse.SUPPRESS)
+        sub.add_argument(
+            "--config", help="JSON file with any of these settings; flags override it, paths are relative to it"
+        )
+        for name, option in options.items():
+            add_flag(sub, name, option)
+    bundle = commands.add_parser("bundle", help="write the pipeline as one self-contained file")
+    bundle.add_argument("--out", required=True, help="the file to write; diffusers finds it by its name, mde_edit.py")
+    hub = commands.add_parser("push", help="upload the pipeline's code and card to the Hugging Face Hub")
+    hub.add_argument("repo", help="user/name; made if there is none")
+    hub.add_argument("--with-model", metavar="FOLDER", help="a saved pipeline that goes there too, such as emoji_ldm")
+    hub.add_argument("--dry-run", action="store_true", help="only list what would go")
+    hub.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    hub.add_argument("--message", default="Upload MDE-Edit", help="of the commit")
+    return parser
+
+
+def add_flag(parser: argparse.ArgumentParser, name: str, option: Option) -> None:
+    flag, shown = f"--{name.replace('_', '-')}", option.help
+    if "default:" not in shown and (option.default is not None or name in _SETTINGS):
+        shown = f"{shown} (default: {str(option.default).lower()})".lstrip()
+    if option.kind is dict:
+        parser.add_argument(flag, action="append", type=_word_and_mask, metavar=option.metavar, help=shown)
+    elif option.choices:
+        parser.add_argument(flag, choices=option.choices, help=shown)
+    else:
+        numeric = option.kind is not str
+        parser.add_argument(flag, type=_number if numeric else str, metavar="N" if numeric else None, help=shown)
+
+
+def _word_and_mask(text: str) -> tuple[str, str]:
+    """ "dog=mask.png" or, for the second "dog", "dog:1=mask.png"."""
+    word, separator, path = text.partition("=")
+    if not separator or not word or not path:
+        raise argparse.ArgumentTypeError(f"{text!r}: write WORD=MASK.png, or WORD:1=MASK.png for its second occurrence")
+    return word, path
+
+
+def _number(text: str):
+    """The number that a flag's text stands for, or the text, which its option then refuses by name."""
+    if text.lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _check_masks(name: str, value) -> dict[str, list[str]]:
+    """{word: files} from {word: file or list of files}."""
+    masks = {word: [files] if isinstance(files, str) else files for word, files in _items(name, value)}
+    for word, files in masks.items():
+        if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
+            raise ValueError(f"`{name}` has {files!r} for {word!r}: give the file of a mask, or a list of files.")
+    return masks
+
+
+def _items(name: str, value):
+    if not isinstance(value, dict):
+        raise ValueError(f'`{name}` is {value!r}: use words and masks, as in {{"dog": "dog.png"}}.')
+    return value.items()
+
+
+def read_config(file: str, options: dict[str, Option]) -> dict[str, Any]:
+    """The settings of a JSON file, paths relative to it.
+
+    Raises:
+        ValueError: no such file, no JSON object in it, or a setting that is unknown or stands there twice.
+    """
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"`config` {file!r} cannot be read: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"`config` {file!r} holds {config!r}, not settings by name: {{...}}.")
+    unknown = sorted(set(config) - set(options))
+    if unknown:
+        raise ValueError(f"`config` {file!r} has unknown settings: {', '.join(unknown)}.")
+    # what is null in a config is at its default, unless null means something
+    config = {k: v for k, v in config.items() if v is not None or type(None) in get_args(options[k].kind)}
+    checked = {name: options[name].check(name, value) for name, value in config.items()}
+
+    def beside(path: str) -> str:
+        return path if path.startswith(("http://", "https://")) else str(Path(file).parent / path)
+
+    for name, value in checked.items():
+        if name in _PATHS:
+            checked[name] = beside(value)
+        elif options[name].kind is dict:
+            checked[name] = {word: [beside(path) for path in paths] for word, paths in value.items()}
+    return checked
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(map(repr, twice))} stands there twice (a list of masks is their union)")
+    return dict(pairs)
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """A command and all of its settings: flags over the config's over the preset's over the defaults.
+
+    Raises:
+        ValueError: a setting that is missing, unknown, of a wrong type or out of range, or that another contradicts.
+    """
+    flags = vars(build_parser().parse_args(argv))
+    command = flags.pop("command")
+    if command not in OPTIONS:
+        return argparse.Namespace(command=command, **flags)
+    options = OPTIONS[command]
+    config = read_config(flags.pop("config"), options) if "config" in flags else {}
+    for name in ("object", "attribute"):
+        if name in flags:
+            masks: dict[str, list[str]] = {}
+            for word, path in flags[name]:
+                masks.setdefault(word, []).append(path)
+            flags[name] = masks
+    flags = {name: options[name].check(name, value) for name, value in flags.items()}
+    # flags override the config: an inversion takes the place of what one is made from, a picture that of an inversion
+    replaced = _INVERSION if "inversion" in flags else {"inversion"} if "image" in flags else {}
+    given = {**{name: value for name, value in config.items() if name not in replaced}, **flags}
+
+    inverted = "inversion" in given
+    contradicting = [name for name in _INVERSION if inverted and name in given]
+    if contradicting:
+        raise ValueError(f"{_flags(contradicting)}: the file of --inversion has its own; leave it out.")
+    needed = ["out"] if inverted else ["out", "image", "source_prompt"]
+    missing = [name for name in needed + ["prompt"] * (command == "edit") if name not in given]
+    if missing:
+        raise ValueError(f"missing {_flags(missing)} (see mde-edit {command} --help)")
+    settings = {name: option.default for name, option in options.items() if not (inverted and name in _INVERSION)}
+    if not inverted:
+        settings["guidance_scale"] = 7.5
+    return argparse.Namespace(command=command, **{**settings, **PRESETS.get(given.get("preset"), {}), **given})
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
