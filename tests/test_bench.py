@@ -353,8 +353,8 @@ def test_tradeoff_counts_the_inversion_and_goes_on(tiny, tiny_cases, tmp_path, m
     entries = json.loads((tmp_path / "case0.json").read_text())
     calls = {(e["inversion"], e["steps"], e["iterations"]): e["unet_calls"] for e in entries}
     assert len(calls) == 3 * 2 * 2
-    guided, source_passes = 2, 4  # of 5 steps: 0.4 and 0.8
-    assert calls["direct", 5, 0] == 5 + source_passes + 5
+    guided, source_passes, probes = 2, 4, 4  # of 5 steps: 0.4 and 0.8; the fingerprint's in inversion and edit
+    assert calls["direct", 5, 0] == 5 + source_passes + 5 + probes
     assert calls["direct", 5, 2] == calls["direct", 5, 0] + 2 * guided
     assert calls["null_text", 5, 2] > calls["direct", 5, 2]
     rows = (tmp_path / "tradeoff.md").read_text().splitlines()
