@@ -40,10 +40,18 @@ from .inversion import (
     model_fingerprint,
     probe_noise,
 )
+from .localize import source_attention, word_region
 from .losses import object_alignment_loss  # noqa: F401  diffusers copies a plug-in's direct imports only: import all
 from .masks import MaskInput, as_binary_mask, binarize_mask, edit_mask, resize_mask
 from .pictures import on_white, read_pixels
-from .prompts import WordKey, align_tokens, check_prompt_length, find_token_indices, prompt_words
+from .prompts import (
+    WordKey,
+    align_tokens,
+    check_prompt_length,
+    find_token_indices,
+    prompt_phrases,
+    prompt_words,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +74,8 @@ REFUSED = {
     "timesteps": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
     "sigmas": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
 }
-Masks = dict[WordKey, MaskInput]
+# An edited word's region: a mask, or the word of the source prompt that the model's attention is to find.
+Masks = dict[WordKey, MaskInput | str | tuple[str, int]]
 
 
 @dataclass
@@ -131,6 +140,12 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             raise ValueError(f"{text!r} does not name a word: it holds half a character (a lone surrogate).")
         with lock_of(self.tokenizer):
             return self.maybe_convert_prompt(text, self.tokenizer)
+
+    def spell_out_key(self, key: WordKey) -> WordKey:
+        """A mask's key with its text, if it has one, spelled out."""
+        if isinstance(key, tuple) and key and isinstance(key[0], str):
+            return (self.spell_out(key[0]), *key[1:])
+        return self.spell_out(key) if isinstance(key, str) else key
 
     @staticmethod
     def load_inversion(path) -> Inversion:
@@ -287,17 +302,12 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         self.check_prompt(prompt, "prompt")
         text, source_text = self.spell_out(prompt), self.spell_out(source_prompt)
 
-        def spelled_out(key: WordKey) -> WordKey:
-            if isinstance(key, tuple) and key and isinstance(key[0], str):
-                return (self.spell_out(key[0]), *key[1:])
-            return self.spell_out(key) if isinstance(key, str) else key
-
         def regions_of(masks: Masks | None, name: str, form: Callable[[torch.Tensor], torch.Tensor]) -> list[Region]:
             keys: dict[tuple[int, ...], WordKey] = {}
             shares: dict[tuple[int, ...], torch.Tensor] = {}
             for key, value in (masks or {}).items():
                 with lock_of(self.tokenizer):
-                    indices = find_token_indices(self.tokenizer, text, spelled_out(key))
+                    indices = find_token_indices(self.tokenizer, text, self.spell_out_key(key))
                 drawn.append(as_binary_mask(value, f"{name}[{key!r}]", mask_sizes))
                 # Two masks for the same tokens are one region: as two, their targets would cancel where they differ.
                 share = resize_mask(drawn[-1], loss_size)
@@ -343,6 +353,19 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             edits.append(replace(edit, generator=generator))
         return layers, loss_layers, edits
 
+    def check_edits(self, prompts, source_prompt, masks, image_size, latent_size, settings, generators):
+        """What [`~MDEEditPipeline.prepare_edits`] prepares, as far as it can be before an inversion.
+
+        Returns:
+            the words of the source prompt that stand in a mask's place ([`source_words`]), and what is prepared with
+            masks of everything for them.
+        """
+        words = source_words(masks)
+        for word, name in words.items():
+            self.check_source_word(source_prompt, word, name)
+        masks = with_regions(masks, dict.fromkeys(words, np.ones(image_size or latent_size, bool)))
+        return words, self.prepare_edits(prompts, source_prompt, masks, image_size, latent_size, settings, generators)
+
     def check_inputs(self, guidance_scale, output_type, callback, callback_on_step_end_tensor_inputs, refused) -> None:
         """Raise for an argument of `__call__` that is not one of its [`Settings`] and cannot be used, naming it."""
         for name in refused:
@@ -350,8 +373,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 raise TypeError(f"MDEEditPipeline.__call__() got an unexpected keyword argument {name!r}")
             raise ValueError(f"`{name}` has no place in MDE-Edit: {REFUSED[name]}.")
         check_setting("guidance_scale", guidance_scale, float | None, low=1)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` is {output_type!r}: choose 'pil', 'np', 'pt' or 'latent'.")
+        check_setting("output_type", output_type, str, choices=("pil", "np", "pt", "latent"))
         if callback is not None and not callable(callback):
             raise ValueError(f"`callback_on_step_end` is {callback!r}: pass a function of (pipe, i, t, tensors).")
         names = callback_on_step_end_tensor_inputs
@@ -505,6 +527,73 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         )
 
     # -----------------------------------------------------------------------------------------------------------------
+    # Masks from attention
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def generate_mask(self, inversion: Inversion, word: WordKey) -> np.ndarray:
+        r"""
+        Where a word of the source prompt is in the picture, by the model's own attention: three U-Net passes.
+
+        It tells apart what the prompt names, so name what surrounds the thing too ("a cat on grass"). It cannot tell
+        that a thing is not there: its word then looks at what resembles it. In an edit the word can stand in a mask's
+        place: `object_masks={"dog": "cat"}`.
+
+        Args:
+            inversion ([`Inversion`]):
+                From [`~MDEEditPipeline.invert`].
+            word (`str` or `tuple`):
+                A word or phrase of the source prompt, as a mask's key names one of the target's.
+
+        Returns:
+            `np.ndarray`: (height, width) bool, at the size of the picture that was inverted.
+
+        Raises:
+            ValueError: a word that is not in the prompt, before any pass; one that is nowhere in the picture.
+        """
+        self.check_model()
+        self.check_inversion(inversion)
+        self.check_source_word(inversion.prompt, word, "`word`")
+        self.check_same_model(inversion, self.ddim_scheduler(inversion.num_inference_steps))
+        region = self.find_regions(inversion, {word: "`word`"})[word]
+        self.maybe_free_model_hooks()
+        return region
+
+    def check_source_word(self, source_prompt: str, word: WordKey, name: str) -> tuple[int, ...]:
+        """Its token positions in the source prompt; raises `ValueError` that says `name`."""
+        try:
+            with lock_of(self.tokenizer):
+                return find_token_indices(self.tokenizer, self.spell_out(source_prompt), self.spell_out_key(word))
+        except ValueError as error:
+            hint = " A mask's file has to be opened: `PIL.Image.open(...)`." if "." in str(word) else ""
+            raise ValueError(f"{name} names no word of the source prompt: {error}{hint}") from error
+
+    def find_regions(self, inversion: Inversion, words: dict[WordKey, str]) -> dict[WordKey, np.ndarray]:
+        """The regions of several words, (height, width) bool each.
+
+        Args:
+            words: what each is called in an error.
+        """
+        scheduler, device = self.ddim_scheduler(inversion.num_inference_steps), self._execution_device
+        with attention_control(self.unet):
+            cross, own = source_attention(self.unet, scheduler, inversion.to(device), self.embed(inversion.prompt))
+        with lock_of(self.tokenizer):
+            phrases = prompt_phrases(self.tokenizer, self.spell_out(inversion.prompt))
+        size = inversion.image_size or tuple(side * self.vae_scale_factor for side in inversion.latents.shape[-2:])
+        regions = {}
+        for word, name in words.items():
+            tokens = self.check_source_word(inversion.prompt, word, name)
+            others = [phrase for phrase in phrases if not set(phrase) & set(tokens)]
+            regions[word] = word_region(cross, own, tokens, others, size).cpu().numpy()
+            if not regions[word].any():
+                raise ValueError(
+                    f"{name}: the model's attention finds {word!r} nowhere in the picture, since other words of"
+                    f" {inversion.prompt!r} look there more. Draw its mask, or describe the picture differently."
+                )
+        return regions
+
+    # -----------------------------------------------------------------------------------------------------------------
     # Edit
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -527,12 +616,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             ValueError: both are given or neither, or what is given with them contradicts them.
         """
         check_setting("inversion_method", inversion_method, str, choices=INVERSION_METHODS)
-        # by name: loaded through another door, the class is another object
-        if inversion is not None and type(inversion).__name__ != "Inversion":
-            raise ValueError(
-                f"`inversion` is a {type(inversion).__name__}: pass what `pipe.invert` returned;"
-                " `pipe.load_inversion(path)` reads a file, and a picture is `image`."
-            )
+        if inversion is not None:
+            self.check_inversion(inversion)
         if (inversion is None) == (image is None):
             raise ValueError("Pass either `inversion` (from `pipe.invert`) or `image` with `source_prompt`, not both.")
         if inversion is None:
@@ -546,10 +631,6 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         self.check_model()
         if source_prompt is not None:
             raise ValueError("`source_prompt` goes with `image`; an inversion knows its own prompt.")
-        try:
-            inversion.check_whole()
-        except ValueError as error:
-            raise ValueError(f"`inversion` is damaged ({error}): call `pipe.invert` again.") from error
         steps = inversion.num_inference_steps
         scale = inversion.guidance_scale if guidance_scale is None else guidance_scale
         if check_setting("num_inference_steps", num_inference_steps, int | None, 1) not in (None, steps):
@@ -560,6 +641,26 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 " leave it out, or invert again with this scale."
             )
         return None, inversion.prompt, steps, scale
+
+    def check_inversion(self, inversion: Inversion) -> None:
+        """Raise `ValueError` unless `inversion` is one, and whole."""
+        # by name: loaded through another door, the class is another object
+        if type(inversion).__name__ != "Inversion":
+            raise ValueError(
+                f"`inversion` is a {type(inversion).__name__}: pass what `pipe.invert` returned;"
+                " `pipe.load_inversion(path)` reads a file, and a picture is `image`."
+            )
+        try:
+            inversion.check_whole()
+        except ValueError as error:
+            raise ValueError(f"`inversion` is damaged ({error}): call `pipe.invert` again.") from error
+
+    def check_same_model(self, inversion: Inversion, scheduler) -> None:
+        """Raise `ValueError` unless this pipeline, with `scheduler`, does what the one that made `inversion` did."""
+        inversion.check_schedule(scheduler)
+        embeds = self.embed(inversion.prompt)
+        with attention_control(self.unet):
+            inversion.check_model(model_fingerprint(self.unet, scheduler, embeds), str(self.unet.dtype))
 
     @torch.inference_mode(False)  # a tensor made in inference mode can have no gradient, and Eq. 7 needs one
     @torch.no_grad()
@@ -609,8 +710,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 Per new object, the region S_i it belongs to, for the Object Alignment Loss. Keys name words of the
                 target prompt: `"dog"`, a phrase, `("dog", 1)` for the second occurrence, or token positions. Masks are
                 PIL, numpy or torch, any resolution, white (at least half of the range) = edit, or what is not
-                transparent where there is transparency; they may overlap, and a list of masks is their union. One dict
-                for all prompts, or a list with one per prompt.
+                transparent where there is transparency; they may overlap, and a list of masks is their union. In a
+                mask's place a word of the source prompt, `{"dog": "cat"}`, is where the model's attention finds it
+                ([`~MDEEditPipeline.generate_mask`]). One dict for all prompts, or a list with one per prompt.
             attribute_masks (`dict`, *optional*):
                 Per color, texture or other attribute word, its region S, for the Color Consistency Loss.
             num_inference_steps (`int`, *optional*):
@@ -702,16 +804,16 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             latent_size = tuple(side // self.vae_scale_factor for side in pixels.shape[-2:])
         else:
             latent_size, image_size = tuple(inversion.latents.shape[-2:]), inversion.image_size
-        layers, loss_layers, edits = self.prepare_edits(
-            prompts, source_prompt, masks, image_size, latent_size, settings, generators
-        )
+        rest = (image_size, latent_size, settings, generators)
+        words, (layers, loss_layers, edits) = self.check_edits(prompts, source_prompt, masks, *rest)
         scheduler, source_embeds = self.ddim_scheduler(steps), self.embed(source_prompt)
         if inversion is None:
             inversion = self.invert_pixels(pixels, image_size, source_prompt, steps, inversion_method, scale)
         else:
-            inversion.check_schedule(scheduler)
-            with attention_control(self.unet):
-                inversion.check_model(model_fingerprint(self.unet, scheduler, source_embeds), str(self.unet.dtype))
+            self.check_same_model(inversion, scheduler)
+        if words:
+            masks = with_regions(masks, self.find_regions(inversion, words))
+            _, _, edits = self.prepare_edits(prompts, source_prompt, masks, *rest)
         run = Run(
             unet=self.unet,
             scheduler=scheduler,
@@ -860,6 +962,34 @@ def per_prompt(masks, num_prompts: int, name: str) -> list[Masks | None]:
             f" prompt ({num_prompts})."
         )
     return list(masks)
+
+
+def _is_word(value) -> bool:
+    if isinstance(value, tuple) and len(value) == 2:
+        return isinstance(value[0], str) and isinstance(value[1], int)
+    return isinstance(value, str)
+
+
+def source_words(masks: Sequence[Sequence[Masks | None]]) -> dict[WordKey, str]:
+    """The words that stand in a mask's place, object masks then attribute masks, and what an error calls them."""
+    words: dict[WordKey, str] = {}
+    for name, dicts in zip(("object_masks", "attribute_masks"), masks):
+        for key, value in (item for d in dicts for item in (d or {}).items()):
+            for part in [value] if _is_word(value) or not isinstance(value, (list, tuple)) else value:
+                if _is_word(part):
+                    words.setdefault(part, f"{name}[{key!r}]")
+    return words
+
+
+def with_regions(masks: Sequence[Sequence[Masks | None]], regions: dict[WordKey, np.ndarray]):
+    """`masks` with the region of each word in its place."""
+
+    def drawn(value):
+        if _is_word(value):
+            return regions[value]
+        return [drawn(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return [[d and {key: drawn(value) for key, value in d.items()} for d in dicts] for dicts in masks]
 
 
 def per_prompt_generators(generator, num_prompts: int) -> list[torch.Generator | None]:

@@ -27,6 +27,7 @@ from .bundle import self_contained_source  # noqa: E402, F401
 from .checks import check_setting  # noqa: E402, F401
 from .denoise import edit_step  # noqa: E402, F401
 from .inversion import Inversion  # noqa: E402
+from .localize import word_region  # noqa: E402, F401
 from .losses import object_alignment_loss  # noqa: E402, F401
 from .masks import edit_mask  # noqa: E402, F401
 from .mde_pipeline import MDEEditPipeline  # noqa: E402

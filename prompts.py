@@ -14,6 +14,13 @@ WordKey = Union[str, tuple[str, int], int, tuple[int, ...]]
 # Marks of the sentence, which around a word do not belong to it ("dog," is "dog"); those of "$5" and "c++" do.
 _SURROUNDING = frozenset(".,;:!?…'\"`()[]{}«»‹›„“”‚‘’¡¿。，、！？；：-–—")
 
+# Words that name nothing to be seen; between two of them is a phrase ("a cat wearing a straw hat": cat, straw hat).
+_CONNECTING = frozenset(
+    """a an the this that its his her their and or of in on at with without wearing holding having to by from into onto
+    near under over above below behind before beside between next through across around is are as for some two three
+    """.split()
+)
+
 
 def _content_ids(tokenizer, text: str) -> list[int]:
     """Token ids of `text` without the start, end and padding tokens, never truncated."""
@@ -46,6 +53,20 @@ def prompt_words(tokenizer, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
             words.append((text.strip(" "), tuple(range(start + 1, position + 2))))
             start = position + 1
     return words
+
+
+def prompt_phrases(tokenizer, prompt: str) -> list[tuple[int, ...]]:
+    """Token positions of each phrase of `prompt` that names something: the words between connecting ones and marks."""
+    phrases: list[tuple[int, ...]] = []
+    within = False
+    for word, positions in prompt_words(tokenizer, prompt):
+        names = word not in _CONNECTING and any(letter.isalnum() for letter in word)
+        if names and within:
+            phrases[-1] += positions
+        elif names:
+            phrases.append(positions)
+        within = names
+    return phrases
 
 
 def find_token_indices(tokenizer, prompt: str, key: WordKey) -> tuple[int, ...]:

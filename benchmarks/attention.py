@@ -28,6 +28,7 @@ SETTINGS = ("none", "oal", "ccl", "both")
 def word_maps(pipe, case: Case, name: str, steps: int) -> tuple[np.ndarray, dict]:
     """The edited picture, and word -> its map (h, w), mean over the guided steps after each one's guidance."""
     settings = dict(METHODS[name].settings)
+    settings.pop("masks")  # the case's
     inversion = invert(pipe, case, steps, settings.pop("inversion"), settings.pop("guidance_scale"))
     out = pipe(
         case.target_prompt,

@@ -36,7 +36,7 @@ SHOWN = ("success", "in_psnr", "bg_psnr", "seconds", "unet_calls")
 def measure(pipe, meter, case: Case, steps: Sequence[int], iterations: Sequence[int]) -> list[dict]:
     """One entry per inversion method, number of steps and of iterations."""
     settings = dict(METHODS["mde"].settings)
-    del settings["inversion"], settings["guidance_scale"]
+    del settings["inversion"], settings["guidance_scale"], settings["masks"]  # the case's masks
     masks = {"object_masks": case.object_masks, "attribute_masks": case.attribute_masks}
     entries = []
     for method, scale in GUIDANCE_SCALES.items():

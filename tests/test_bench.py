@@ -21,6 +21,7 @@ from benchmarks import attention, convert, draw, metrics, run, tables, tradeoff,
 from benchmarks.cases import Case, Region, load_cases, save_cases, touching
 from benchmarks.methods import METHODS
 from benchmarks.methods.base import Method
+from benchmarks.methods.ours import with_found_masks
 from benchmarks.perceptual import STLPIPS
 from training import judge as judging
 from training.tokenizer import write_tokenizer
@@ -306,6 +307,21 @@ def tiny_cases(tmp_path_factory):
 
 def arguments(cases, out, *more):
     return ["--cases", str(cases), "--out", str(out), "--judge", "", "--steps", "4", *more]
+
+
+def test_masks_may_be_found_by_the_source_words(tiny, tiny_cases, tmp_path):
+    """Each region's mask is its source words'; of twins, which one word does not tell apart, it stays as drawn."""
+    case = load_cases(tiny_cases)[0]
+    inversion = tiny.invert(case.image, case.source_prompt, 2, method="direct")
+    found = with_found_masks(tiny, case, inversion)
+    for region, drawn in zip(found.regions, case.regions):
+        assert np.array_equal(region.mask, tiny.generate_mask(inversion, drawn.source)) and region.name == drawn.name
+    assert not np.array_equal(found.regions[0].mask, case.regions[0].mask)
+    twins = replace(case, regions=tuple(replace(region, source="a") for region in case.regions))
+    assert with_found_masks(tiny, twins, inversion).regions[0].mask is case.regions[0].mask
+    run.main(arguments(tiny_cases, tmp_path, "--methods", "mde", "mde:masks=found"))
+    drawn, found = ((tmp_path / label / "case0.png").read_bytes() for label in ("mde", "mde__masks=found"))
+    assert drawn != found
 
 
 def test_run_then_tables(tiny, tiny_cases, tmp_path):

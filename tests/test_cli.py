@@ -115,6 +115,59 @@ def test_several_masks_for_one_word_are_their_union(tmp_path, capsys):
     assert drawn == listed
 
 
+def test_a_region_can_be_a_word_of_the_source_prompt(tmp_path, capsys):
+    config = ["--config", str(CASE / "edit.json"), *FAST, "--method", "direct"]
+    assert main(["edit", *config, "--object", "dog=word:cat", "--out", str(tmp_path / "word")]) == 0
+    file = tmp_path / "cat.safetensors"
+    picture = ["--image", str(CASE / "image.png"), "--source-prompt", "a cat wearing a straw hat"]
+    assert main(["invert", *FAST[:4], *picture, "--method", "direct", "--out", str(file)]) == 0
+    mask, again = tmp_path / "masks" / "cat.png", tmp_path / "masks" / "again.png"
+    assert main(["mask", *FAST[:4], *picture, "--region", "word:cat", "--out", str(mask)]) == 0
+    assert main(["mask", *FAST[:2], "--inversion", str(file), "--region", "word:cat:0", "--out", str(again)]) == 0
+    pipe = MDEEditPipeline.from_pretrained(FAST[1])
+    expected = pipe.generate_mask(pipe.load_inversion(file), "cat")
+    assert np.array_equal(np.asarray(PIL.Image.open(mask)) > 127, expected) and 0 < expected.mean() < 1
+    assert mask.read_bytes() == again.read_bytes()
+    marked = np.asarray(PIL.Image.open(mask.with_name("cat_overlay.png"))).astype(float)
+    assert marked[expected].mean() > marked[~expected].mean() + 20
+    assert main(["edit", *config, "--object", f"dog={mask}", "--out", str(tmp_path / "drawn")]) == 0
+    word, drawn = (PIL.Image.open(tmp_path / name / "edited.png").tobytes() for name in ("word", "drawn"))
+    assert word == drawn
+
+
+def test_a_region_can_be_points_a_box_or_what_a_segmenter_finds(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def segmenter(image, **given):
+        asked.append((image.size, image.mode, given))
+        mask = np.zeros(image.size[::-1], bool)
+        mask[40:90, 30:80] = True
+        return mask
+
+    monkeypatch.setattr(
+        cli, "load_segmenter", lambda name, detector, device: asked.append((name, detector)) or segmenter
+    )
+    picture = ["--image", str(CASE / "image.png"), "--segmenter", "sam", "--detector", "owl"]
+    for region in ("point:12,80", "point:12,80,50,60.5", "box:1,2,30,40", "find:straw hat"):
+        assert main(["mask", *picture, "--region", region, "--out", str(tmp_path / "mask.png")]) == 0
+    size = PIL.Image.open(CASE / "image.png").size
+    given = [entry[2] for entry in asked if len(entry) == 3]
+    assert given == [
+        {"points": [(12, 80)]},
+        {"points": [(12, 80), (50, 60.5)]},
+        {"box": (1, 2, 30, 40)},
+        {"word": "straw hat"},
+    ]
+    assert asked[0] == ("sam", "owl") and asked[1][:2] == (size, "RGB")
+    asked.clear()
+    edit = ["edit", "--config", str(CASE / "edit.json"), *FAST, "--method", "direct", "--segmenter", "sam"]
+    both = ["--object", "dog=point:12,80", "--object", "dog=box:1,2,30,40"]
+    assert main([*edit, *both, "--out", str(tmp_path / "clicked")]) == 0
+    assert main([*edit, "--object", f"dog={tmp_path / 'mask.png'}", "--out", str(tmp_path / "drawn")]) == 0
+    clicked, drawn = (PIL.Image.open(tmp_path / name / "edited.png").tobytes() for name in ("clicked", "drawn"))
+    assert clicked == drawn and [len(entry) for entry in asked] == [2, 3, 3]  # loaded once
+
+
 def test_a_transparent_picture_is_put_on_white(tmp_path):
     pixels = np.zeros((8, 8, 4), np.uint8)
     PIL.Image.fromarray(pixels, "RGBA").save(tmp_path / "x.png")
@@ -204,6 +257,17 @@ EDIT = ["edit", "--config", CASE / "edit.json", "--out", "x"]
         ([*EDIT, "--inversion", CASE / "image.png"], "`inversion` .*is not an inversion"),
         ([*EDIT, "--inversion", "x", "--steps", "4"], "--steps: the file of --inversion has its own"),
         ([*EDIT, "--inversion", "x", "--image", "y", "--width", "8"], "--image, --width: the file of --inversion"),
+        ([*EDIT, "--object", "dog=word:"], "`object` `dog` 'word:': name what it is, as in word:cat"),
+        ([*EDIT, "--object", "dog=point:1"], "`object` `dog` 'point:1': write pixels, as in point:120,80"),
+        ([*EDIT, "--object", "dog=point:1,x"], "`object` `dog` 'point:1,x': write pixels"),
+        ([*EDIT, "--attribute", "red=box:1,2,3"], "`attribute` `red` 'box:1,2,3': write pixels"),
+        ([*EDIT, "--object", "dog=point:1,2"], "`object` `dog` 'point:1,2' needs --segmenter"),
+        (
+            ["mask", "--image", CASE / "image.png", "--region", "box:1,2,3,4", "--out", "x"],
+            "'box:1,2,3,4' needs --segm",
+        ),
+        (["mask", "--image", CASE / "image.png", "--region", "word:cat", "--out", "x"], "missing --source-prompt"),
+        (["mask", "--out", "x"], "missing --region, --image, --source-prompt"),
         ([*EDIT, "--out", CASE / "image.png"], "`out` .*image.png is no folder"),
         ([*EDIT, "--out", CASE / "image.png" / "x"], "`out` .*image.png is no folder"),
         (["invert", "--image", CASE / "image.png", "--source-prompt", "a", "--out", CASE], "`out` .*is a folder"),
@@ -220,6 +284,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(refused, argv, message):
     "argv,message",
     [
         (["--prompt", "a tiger"], "'dog' is not in the prompt 'a tiger'"),
+        (["--object", "dog=word:lion"], r"object_masks\['dog'\] names no word of the source prompt: 'lion' is not in"),
         (["--source-prompt", "cat " * 90], "has 90 tokens"),
         (["--object", f"dog={ROOT / 'examples' / 'strip.png'}"], "object_masks.'dog'"),
         (["--height", "3"], "`height` is 3"),

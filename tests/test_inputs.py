@@ -83,6 +83,7 @@ def refuse(pipe, inversion):
         ({"guidance_scale": True}, "`guidance_scale` is True"),
         ({"ccl_form": ["both"]}, r"`ccl_form` is \['both'\]"),
         ({"output_type": []}, r"`output_type` is \[\]"),
+        ({"output_type": MASK}, r"`output_type` is array"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -400,7 +400,7 @@ def bad_mask(value=None, shape=(HEIGHT, WIDTH)):
         ({"guidance_scale": 0.5}, "`guidance_scale` is 0.5"),
         ({"eta": 2}, "`eta`"),
         ({"ccl_form": "eq6"}, "choose one of 'token_ratio', 'spatial_ratio', 'both'"),
-        ({"output_type": "jpg"}, "choose 'pil'"),
+        ({"output_type": "jpg"}, "choose one of 'pil'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"choose from \['latents', 'prompt_embeds'\]"),
     ],
 )

@@ -1,5 +1,5 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `mde-edit invert`, `edit` and, to share the pipeline, `bundle` and `push`; each has `--help`."""
+"""The command line: `mde-edit invert`, `mask`, `edit`; to share the pipeline, `bundle`, `push`. Each has `--help`."""
 
 import argparse
 import importlib.util
@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import PIL.Image
 import torch
 import transformers
@@ -22,11 +23,13 @@ from ..bundle import self_contained_source
 from ..denoise import Settings
 from ..inversion import Inversion
 from ..masks import as_binary_mask, edit_mask, resize_mask
-from ..mde_pipeline import MDEEditPipeline
+from ..mde_pipeline import MDEEditPipeline, source_words, with_regions
+from ..pictures import on_white, read_pixels
 from .measure import as_array, measured, peak_memory_mib, psnr
-from .options import mask_key, read_arguments
+from .options import mask_key, parse_region, read_arguments
 from .publish import files_to_push, push
-from .sheet import draw_sheet
+from .segment import load_segmenter
+from .sheet import draw_sheet, overlay
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,12 +56,48 @@ def read_picture(setting: str, file: str) -> PIL.Image.Image:
         return load_image(file, convert_method=lambda image: image.copy())
 
 
-def read_masks(setting: str, masks: dict[str, list[str]] | None) -> dict:
-    """{the pipeline's key of a word: its masks}."""
-    return {
-        mask_key(word): [read_picture(f"{setting}` `{word}", file) for file in files]
-        for word, files in (masks or {}).items()
-    }
+class Regions:
+    """The masks of a command. Files are looked at before anything is computed, words go to the pipeline as they are;
+    points, boxes and what is to be found wait for the picture."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.segmenter = args, None
+        self.files: dict[str, PIL.Image.Image] = {}
+        for setting in ("object", "attribute"):
+            for word, texts in (getattr(args, setting, None) or {}).items():
+                for text in texts:
+                    self.check(f"{setting}` `{word}", text)
+
+    def check(self, setting: str, text: str) -> None:
+        kind, value = parse_region(setting, text)
+        if kind == "file":
+            self.files[value] = read_picture(setting, value)
+        elif kind != "word" and not self.args.segmenter:
+            raise ValueError(f"`{setting}` {text!r} needs --segmenter, as in --segmenter facebook/sam-vit-base.")
+
+    def draw(self, setting: str, text: str, image: PIL.Image.Image | None):
+        """What the pipeline takes for a region: a picture, a boolean array (height, width), or a source word.
+
+        Args:
+            image: the picture, upright and in its own size.
+        """
+        kind, value = parse_region(setting, text)
+        if kind == "file":
+            return self.files[value]
+        if kind == "word":
+            return value
+        if self.segmenter is None:
+            with reading("segmenter", self.args.segmenter):
+                self.segmenter = load_segmenter(self.args.segmenter, self.args.detector, self.args.device)
+        with reading(setting, text):
+            return self.segmenter(image, **{"word" if kind == "find" else kind: value})
+
+    def draw_all(self, setting: str, image: PIL.Image.Image | None) -> dict:
+        """{the pipeline's key of a word: its regions}."""
+        return {
+            mask_key(word): [self.draw(f"{setting}` `{word}", text, image) for text in texts]
+            for word, texts in (getattr(self.args, setting) or {}).items()
+        }
 
 
 def check_out(out: str, folder: bool) -> Path:
@@ -114,28 +153,32 @@ def invert(args: argparse.Namespace, pipe: MDEEditPipeline, image: PIL.Image.Ima
 def run_edit(args: argparse.Namespace) -> str:
     """Check everything, invert (unless given), edit, write the four files."""
     out = check_out(args.out, folder=True)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("The sheet needs matplotlib: pip install 'mde-edit[demo]'.")
-    objects, attributes = read_masks("object", args.object), read_masks("attribute", args.attribute)
+    check_matplotlib()
+    drawn = Regions(args)
     settings = Settings(**{setting.name: getattr(args, setting.name) for setting in fields(Settings)})
     if args.inversion:
         with reading("inversion", args.inversion):
             inversion, image, inverted = Inversion.load(args.inversion), None, None
         pipe = load_pipeline(args)
+        picture = reconstruction(pipe, inversion)
+        masks = [[drawn.draw_all(setting, picture)] for setting in ("object", "attribute")]
     else:
         image = read_picture("image", args.image)
         pipe = load_pipeline(args)
         pixels, image_size = pipe.check_picture(
             image, args.source_prompt, prompt_name="source_prompt", **inversion_settings(args)
         )
+        masks = [[drawn.draw_all(setting, as_rgb(image))] for setting in ("object", "attribute")]
         latent_size = tuple(side // pipe.vae_scale_factor for side in pixels.shape[-2:])
         # so that a misspelt word is known before the inversion
-        pipe.prepare_edits(
-            [args.prompt], args.source_prompt, [[objects], [attributes]], image_size, latent_size, settings, [None]
-        )
+        pipe.check_edits([args.prompt], args.source_prompt, masks, image_size, latent_size, settings, [None])
         with measured(pipe.unet) as inverted:
             inversion = invert(args, pipe, image)
         inverted["seconds"] = round(inverted["seconds"], 2)
+    words = source_words(masks)
+    if words:
+        masks = with_regions(masks, pipe.find_regions(inversion, words))
+    (objects,), (attributes,) = masks
     with measured(pipe.unet) as edited:
         output = pipe(
             prompt=args.prompt,
@@ -208,6 +251,55 @@ def closeness(reconstructed: bool, source, output, masks, latent_size, mask_dila
     return {name: None if value != value else round(value, 2) for name, value in figures.items()}
 
 
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture as it is inverted, in its own size."""
+    pixels = on_white(read_pixels(image, "`image`")) * 255
+    return PIL.Image.fromarray(pixels.round().to(torch.uint8).expand(*pixels.shape[:2], 3).numpy())
+
+
+def reconstruction(pipe: MDEEditPipeline, inversion: Inversion) -> PIL.Image.Image:
+    """The picture that an inversion is of, in its own size, as far as the inversion knows it."""
+    picture = pipe.decode_source(inversion, "pil")[0]
+    return picture if inversion.image_size is None else picture.resize(inversion.image_size[::-1])
+
+
+def check_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("The sheet needs matplotlib: pip install 'mde-edit[demo]'.")
+
+
+def run_mask(args: argparse.Namespace) -> str:
+    """Write one region as a mask, and beside it the picture with the region marked."""
+    out = check_out(args.out, folder=False)
+    check_matplotlib()
+    drawn = Regions(args)
+    drawn.check("region", args.region)
+    word = parse_region("region", args.region)[1] if args.region.startswith("word:") else None
+    if args.inversion:
+        with reading("inversion", args.inversion):
+            inversion = Inversion.load(args.inversion)
+        pipe = load_pipeline(args)
+        picture = reconstruction(pipe, inversion)
+    else:
+        image = read_picture("image", args.image)
+        picture = as_rgb(image)
+        if word is not None:
+            pipe = load_pipeline(args)
+            pipe.check_source_word(args.source_prompt, word, "`region`")
+            size = {"height": args.height, "width": args.width}
+            inversion = pipe.invert(image, args.source_prompt, args.steps, "direct", **size)
+    if word is not None:
+        mask = pipe.generate_mask(inversion, word)
+    else:
+        mask = as_binary_mask(drawn.draw("region", args.region, picture), "`region`", [picture.size[::-1]]).numpy()
+    mask = PIL.Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size)
+    marked = out.with_name(f"{out.stem}_overlay.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mask.save(out, "png")
+    overlay(picture, 0.15 + 0.7 * np.asarray(mask) / 255).save(marked)
+    return f"wrote {out} ({100 * np.asarray(mask).mean() / 255:.1f} % of the picture), {marked}"
+
+
 def run_bundle(args: argparse.Namespace) -> str:
     source = self_contained_source(MDEEditPipeline.source_file)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +316,7 @@ def run_push(args: argparse.Namespace) -> str:
     return f"{listing}{summary}: {push(args.repo, files, args.message, args.private)}"
 
 
-COMMANDS = {"invert": run_invert, "edit": run_edit, "bundle": run_bundle, "push": run_push}
+COMMANDS = {"invert": run_invert, "edit": run_edit, "mask": run_mask, "bundle": run_bundle, "push": run_push}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,25 +53,43 @@ _INVERSION = {
     "height": Option(int, "resize the picture to this height", low=1),
     "width": Option(int, "resize the picture to this width", low=1),
 }
+_REGIONS = {
+    "segmenter": Option(str, "model for points and boxes (facebook/sam-vit-base), or for words (a CLIPSeg)"),
+    "detector": Option(str, "model that finds words for a --segmenter of points (google/owlv2-base-patch16-ensemble)"),
+}
 _GUIDANCE = {"guidance_scale": Option(float, "classifier-free guidance (default: 7.5, or the inversion's)", low=1)}
 _SETTINGS = {
     setting.name: Option(setting.type, "", setting.default, **setting.metadata) for setting in fields(Settings)
 }
+_FROM_INVERSION = {"inversion": Option(str, "file from `mde-edit invert`, instead of --image and --source-prompt")}
+_REGION = "a picture's file, word:cat (of the source prompt), point:X,Y, box:X0,Y0,X1,Y1 or find:cat (--segmenter)"
 _EDIT = {
     "prompt": Option(str, "what the picture should show"),
-    "object": Option(dict, "new object and its region; again for another, or for a union", metavar="WORD=MASK"),
+    "object": Option(dict, f"new object and its region: {_REGION}; again for another, or a union", metavar="WORD=MASK"),
     "attribute": Option(dict, "attribute and its region", metavar="WORD=MASK"),
-    "inversion": Option(str, "file from `mde-edit invert`, instead of --image and --source-prompt"),
+    **_FROM_INVERSION,
     "seed": Option(int, "of the noise that --eta adds", low=0, high=2**63 - 1),
     "preset": Option(str, "named settings, which flags and the config override", choices=tuple(PRESETS)),
     **_SETTINGS,
 }
-_OUT = {"out": Option(str, "where to write: a folder (edit) or a .safetensors file (invert)")}
+_OUT = {"out": Option(str, "where to write: a folder (edit), a .safetensors file (invert) or a .png file (mask)")}
 OPTIONS: dict[str, dict[str, Option]] = {
     "invert": {**_MODEL, **_INVERSION, **_GUIDANCE, **_OUT},
-    "edit": {**_MODEL, **_INVERSION, **_GUIDANCE, **_EDIT, **_OUT},
+    "edit": {**_MODEL, **_INVERSION, **_GUIDANCE, **_EDIT, **_REGIONS, **_OUT},
+    "mask": {
+        **_MODEL,
+        **{name: option for name, option in _INVERSION.items() if name != "method"},
+        **_FROM_INVERSION,
+        "region": Option(str, _REGION),
+        **_REGIONS,
+        **_OUT,
+    },
 }
-_HELP = {"invert": "invert a picture once, to edit it often", "edit": "edit a picture"}
+_HELP = {
+    "invert": "invert a picture once, to edit it often",
+    "edit": "edit a picture",
+    "mask": "write a mask, and beside it a picture to look at",
+}
 _PATHS = ("image", "inversion")
 
 
@@ -86,6 +104,27 @@ def mask_key(word: str):
     """The pipeline's key for "dog" or "dog:1"."""
     name, separator, occurrence = word.rpartition(":")
     return (name, int(occurrence)) if separator and occurrence.isdecimal() else word
+
+
+def parse_region(setting: str, text: str) -> tuple[str, Any]:
+    """How a region is told, and what is told: "word" and its key, "points" [(x, y), ...], "box" (x0, y0, x1, y1),
+    "find" and a text, "file" and its path.
+
+    Raises:
+        ValueError: names `setting`.
+    """
+    kind, _, rest = text.partition(":")
+    if kind in ("word", "find"):
+        if not rest:
+            raise ValueError(f"`{setting}` {text!r}: name what it is, as in {kind}:cat.")
+        return kind, mask_key(rest) if kind == "word" else rest
+    if kind in ("point", "box"):
+        numbers = [_number(part) for part in rest.split(",")]
+        right = all(isinstance(number, (int, float)) for number in numbers)
+        if not right or (len(numbers) % 2 if kind == "point" else len(numbers) != 4):
+            raise ValueError(f"`{setting}` {text!r}: write pixels, as in point:120,80 or box:10,20,90,120.")
+        return (kind, tuple(numbers)) if kind == "box" else ("points", list(zip(numbers[::2], numbers[1::2])))
+    return "file", text
 
 
 def build_parser() -> Parser:
@@ -143,11 +182,13 @@ def _number(text: str):
 
 
 def _check_masks(name: str, value) -> dict[str, list[str]]:
-    """{word: files} from {word: file or list of files}."""
+    """{word: regions} from {word: region or list of regions}, each as text."""
     masks = {word: [files] if isinstance(files, str) else files for word, files in _items(name, value)}
     for word, files in masks.items():
         if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
             raise ValueError(f"`{name}` has {files!r} for {word!r}: give the file of a mask, or a list of files.")
+        for file in files:
+            parse_region(f"{name}` `{word}", file)
     return masks
 
 
@@ -177,7 +218,8 @@ def read_config(file: str, options: dict[str, Option]) -> dict[str, Any]:
     checked = {name: options[name].check(name, value) for name, value in config.items()}
 
     def beside(path: str) -> str:
-        return path if path.startswith(("http://", "https://")) else str(Path(file).parent / path)
+        here = path.startswith(("http://", "https://")) or parse_region("config", path)[0] != "file"
+        return path if here else str(Path(file).parent / path)
 
     for name, value in checked.items():
         if name in _PATHS:
@@ -222,12 +264,15 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     contradicting = [name for name in _INVERSION if inverted and name in given]
     if contradicting:
         raise ValueError(f"{_flags(contradicting)}: the file of --inversion has its own; leave it out.")
-    needed = ["out"] if inverted else ["out", "image", "source_prompt"]
-    missing = [name for name in needed + ["prompt"] * (command == "edit") if name not in given]
+    needed = {"invert": ["out"], "edit": ["out", "prompt"], "mask": ["out", "region"]}[command]
+    if not inverted:
+        drawn = command == "mask" and parse_region("region", given.get("region", "word:any"))[0] != "word"
+        needed += ["image"] if drawn else ["image", "source_prompt"]
+    missing = [name for name in needed if name not in given]
     if missing:
         raise ValueError(f"missing {_flags(missing)} (see mde-edit {command} --help)")
     settings = {name: option.default for name, option in options.items() if not (inverted and name in _INVERSION)}
-    if not inverted:
+    if not inverted and "guidance_scale" in options:
         settings["guidance_scale"] = 7.5
     return argparse.Namespace(command=command, **{**settings, **PRESETS.get(given.get("preset"), {}), **given})
 

@@ -1,6 +1,6 @@
 """MDE-Edit in its variants, the controls that share its parts, and the floors under every method."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from mde_edit import Inversion, MDEEditPipeline
@@ -16,12 +16,33 @@ def invert(pipe: MDEEditPipeline, case: Case, steps: int, inversion: str, guidan
 
 
 def mde(
-    pipe: MDEEditPipeline, case: Case, steps: int, seed: int, inversion: str, guidance_scale: float, **settings
+    pipe: MDEEditPipeline,
+    case: Case,
+    steps: int,
+    seed: int,
+    inversion: str,
+    guidance_scale: float,
+    masks: str = "drawn",
+    **settings,
 ) -> Image.Image:
-    """Invert, then edit with all masks. Deterministic: `seed` is not used."""
+    """Invert, then edit with all masks, which are the case's or, "found", the model's own by the words of the source.
+    Deterministic: `seed` is not used."""
     inverted = invert(pipe, case, steps, inversion, guidance_scale)
-    masks = {"object_masks": case.object_masks, "attribute_masks": case.attribute_masks}
-    return pipe(case.target_prompt, inverted, **masks, **settings).images[0]
+    case = case if masks == "drawn" else with_found_masks(pipe, case, inverted)
+    given = {"object_masks": case.object_masks, "attribute_masks": case.attribute_masks}
+    return pipe(case.target_prompt, inverted, **given, **settings).images[0]
+
+
+def with_found_masks(pipe: MDEEditPipeline, case: Case, inversion: Inversion) -> Case:
+    """`case` with each region where attention finds its source words; of twins, whose words do not say which one is
+    meant, and of what is found nowhere, the region stays."""
+    regions = []
+    for region in case.regions:
+        try:
+            regions.append(replace(region, mask=pipe.generate_mask(inversion, region.source)))
+        except ValueError:
+            regions.append(region)
+    return replace(case, regions=tuple(regions))
 
 
 def prompt_to_prompt(
@@ -52,7 +73,7 @@ def copy(pipe: MDEEditPipeline, case: Case, steps: int, seed: int) -> Image.Imag
 DIRECT = {"inversion": "direct", "guidance_scale": 2.5}
 NULL_TEXT = {"inversion": "null_text", "guidance_scale": 1.5}
 DEFAULTS = asdict(Settings())
-MDE = {**DIRECT, **DEFAULTS, "optimization_iterations": 5}
+MDE = {**DIRECT, **DEFAULTS, "optimization_iterations": 5, "masks": "drawn"}
 KNOBS = {
     "inversion": ("direct", "null_text"),
     "guidance_scale": (1.5, 2.5, 4.0),
