@@ -96,7 +96,8 @@ class Edit:
 
     prompt_embeds: (1, tokens, dim). alignment: with the source prompt, edited words counted as new.
     objects, attributes: the regions of OAL and CCL. mask: (1, 1, h, w) bool, M of Eq. 7-8, or None without masks (then
-    there is nothing to hold the edit to). generator: of the noise that `eta` adds.
+    there is nothing to hold the edit to). generator: of the noise that `eta` adds. null_embeds: (1, tokens, dim), of
+    the edit's own negative prompt; without one, the inversion's.
     """
 
     prompt_embeds: torch.Tensor
@@ -105,6 +106,7 @@ class Edit:
     attributes: Sequence[Region]
     mask: torch.Tensor | None
     generator: torch.Generator | None = None
+    null_embeds: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,11 @@ class Run:
     def steps(self, share: float) -> int:
         """A share of the steps as their number."""
         return round(share * self.inversion.num_inference_steps)
+
+    def null_embed(self, i: int, edit: Edit) -> torch.Tensor:
+        """The unconditional embedding of step `i`, (1, tokens, dim)."""
+        null = self.inversion.null_embed(i) if edit.null_embeds is None else edit.null_embeds
+        return null.to(edit.prompt_embeds)
 
     def injects_cross(self, i: int) -> bool:
         return i < self.steps(self.settings.cross_replace_steps)
@@ -207,7 +214,7 @@ def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Ed
     if run.capture_maps and run.optimizes(i):
         inject = replace(inject, capture_layers=frozenset(layer.name for layer in run.loss_layers))
     if run.guidance_scale > 1:  # classifier-free guidance
-        embeds = torch.cat([run.inversion.null_embed(i).to(edit.prompt_embeds), edit.prompt_embeds])
+        embeds = torch.cat([run.null_embed(i, edit), edit.prompt_embeds])
         null, cond = predict(run.unet, latents.repeat(2, 1, 1, 1), t, embeds, inject).chunk(2)
         noise = null + run.guidance_scale * (cond - null)
     else:

@@ -255,6 +255,9 @@ class Inversion:
         fingerprint: (1, channels, side, side) fp32, what the model did, see [`model_fingerprint`].
         model_dtype: the U-Net's dtype, as text.
         image_size: (height, width) of the picture before it was resized, whose proportions a mask may have.
+        negative_prompt: what the null embeddings are of ("direct") or started from ("null_text"); `None` if they were
+            given as embeddings or, with "negative_prompt", are the source prompt's.
+        prompt_embeds: (1, tokens, dim), the source prompt's embedding if the user made it; `None`: the text encoder's.
     """
 
     latents: torch.Tensor
@@ -268,6 +271,8 @@ class Inversion:
     fingerprint: torch.Tensor
     model_dtype: str
     image_size: tuple[int, int] | None = None
+    negative_prompt: str | None = ""
+    prompt_embeds: torch.Tensor | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "_decoded", {})  # see `decoded`; not a field, so neither saved nor compared
@@ -298,7 +303,8 @@ class Inversion:
 
     def to(self, device) -> "Inversion":
         """The same inversion with the tensors an edit computes with on `device`."""
-        moved = replace(self, latents=self.latents.to(device), null_embeds=self.null_embeds.to(device))
+        tensors = {"latents": self.latents, "null_embeds": self.null_embeds, "prompt_embeds": self.prompt_embeds}
+        moved = replace(self, **{name: value if value is None else value.to(device) for name, value in tensors.items()})
         object.__setattr__(moved, "_decoded", self._decoded)
         return moved
 
@@ -348,6 +354,8 @@ class Inversion:
             "timesteps": (self.timesteps, 1, (max(steps, 1),)),
             "alphas_cumprod": (self.alphas_cumprod, 1, (steps,)),
         }
+        if self.prompt_embeds is not None:
+            shapes["prompt_embeds"] = (self.prompt_embeds, 3, (1,))
         for name, (tensor, axes, lengths) in shapes.items():
             if not isinstance(tensor, torch.Tensor) or tensor.ndim != axes or 0 in tensor.shape:
                 raise ValueError(f"its {name} are no tensor of {axes} axes")
@@ -362,8 +370,9 @@ class Inversion:
         check_setting("method", self.method, str, choices=INVERSION_METHODS)
         check_setting("guidance_scale", self.guidance_scale, float, 1)
         check_text("prompt", self.prompt)
-        if not isinstance(self.prediction_type, str) or not isinstance(self.model_dtype, str):
-            raise ValueError("its prediction type or dtype is no text")
+        texts = (self.prediction_type, self.model_dtype, self.negative_prompt or "")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("its prediction type, dtype or negative prompt is no text")
         size = self.image_size
         if size is not None and not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
             raise ValueError(f"its image size is {size!r}")

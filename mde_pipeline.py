@@ -58,9 +58,6 @@ logger = logging.get_logger(__name__)
 
 # Arguments of `StableDiffusionPipeline.__call__` that mean nothing here: why, and what to do instead.
 REFUSED = {
-    "negative_prompt": "the inversion's null embeddings stand in its place, and another would not retrace the picture",
-    "negative_prompt_embeds": "the inversion's null embeddings stand in its place",
-    "prompt_embeds": "attention is steered by the prompt's words, which embeddings do not show: pass `prompt`",
     "clip_skip": "the inversion needs the same text encoder: load it with so many layers less, as in"
     " `CLIPTextModel.from_pretrained(model, subfolder='text_encoder', num_hidden_layers=12 - clip_skip)`",
     "guidance_rescale": "the inversion retraces the picture without it: lower `guidance_scale`, or invert with less",
@@ -278,6 +275,40 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         with lock_of(self.tokenizer):
             return self.encode_prompt(prompt, self._execution_device, 1, do_classifier_free_guidance=False)[0]
 
+    def source_embeds(self, inversion: Inversion) -> torch.Tensor:
+        """(1, tokens, dim), the source prompt as the inversion was made with it."""
+        (own,) = self.check_embeds("inversion.prompt_embeds", inversion.prompt_embeds) or [None]
+        return self.embed(inversion.prompt) if own is None else own
+
+    def check_embeds(self, name: str, embeds, count: int = 1) -> list[torch.Tensor] | None:
+        """One embedding per prompt, (1, tokens, dim) each; raises `ValueError`, naming the argument, for another shape
+        than the text encoder's."""
+        if embeds is None:
+            return None
+        shape = self.embed("").shape[1:]
+        right = isinstance(embeds, torch.Tensor) and embeds.is_floating_point() and embeds.shape[1:] == shape
+        if not right or len(embeds) not in (1, count) or not torch.isfinite(embeds).all():
+            found = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+            raise ValueError(
+                f"`{name}` is {found}: pass finite numbers of shape {(count, *shape)}, as `pipe.encode_prompt` makes"
+                " them, and the prompt they are of beside them."
+            )
+        embeds = embeds.detach().to(self._execution_device)
+        return list(embeds.expand(count, *shape).split(1))
+
+    def check_negative(self, negative_prompt, negative_prompt_embeds, count: int = 1) -> list[torch.Tensor] | None:
+        """Embeddings of what is not wanted, one per prompt, (1, tokens, dim) each; `None` if nothing was said."""
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
+        if negative_prompt is None:
+            return self.check_embeds("negative_prompt_embeds", negative_prompt_embeds, count)
+        texts = list(negative_prompt) if isinstance(negative_prompt, (list, tuple)) else [negative_prompt] * count
+        if len(texts) != count or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"`negative_prompt` is {negative_prompt!r}: pass a text, or one per prompt ({count}).")
+        for text in filter(str.strip, texts):
+            self.check_prompt(text, "negative_prompt")
+        return [self.embed(text) for text in texts]
+
     def prepare_edit(
         self,
         prompt: str,
@@ -403,6 +434,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         early_stop_epsilon: float = 1e-5,
         height: int | None = None,
         width: int | None = None,
+        negative_prompt: str | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
     ) -> Inversion:
         r"""
         Invert a real picture, once, for any number of edits.
@@ -429,6 +463,14 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 101 from the first step to the last). Larger is faster and less exact.
             height, width (`int`, *optional*):
                 Size to resize the picture to; its own by default.
+            negative_prompt (`str`, *optional*):
+                What guidance leads away from, empty by default: with `"direct"` that of the edits unless they bring
+                their own, with `"null_text"` where the optimization starts.
+            prompt_embeds (`torch.Tensor`, *optional*):
+                (1, tokens, dim), the source prompt's embedding if it is not the text encoder's own (weighted words).
+                `prompt` is needed beside it.
+            negative_prompt_embeds (`torch.Tensor`, *optional*):
+                (1, tokens, dim), instead of `negative_prompt`.
 
         Returns:
             [`Inversion`]
@@ -438,7 +480,29 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             FloatingPointError: the optimization or the inversion left the finite numbers.
         """
         arguments = (prompt, num_inference_steps, method, guidance_scale, num_inner_steps, early_stop_epsilon)
-        return self.invert_pixels(*self.check_picture(image, *arguments, height, width), *arguments)
+        picture = self.check_picture(image, *arguments, height, width)
+        embeds = self.check_source_embeds(method, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        return self.invert_pixels(*picture, *arguments, **embeds)
+
+    def check_source_embeds(
+        self, method: str, negative_prompt, prompt_embeds, negative_prompt_embeds, name: str = "prompt_embeds"
+    ) -> dict[str, Any]:
+        """What [`~MDEEditPipeline.invert_pixels`] is told of prompts beside the source's words; `name` is that of its
+        embedding in an error."""
+        if method == "negative_prompt" and not (negative_prompt is None and negative_prompt_embeds is None):
+            raise ValueError(
+                "`negative_prompt` has no place in method='negative_prompt', which takes the source prompt there: leave"
+                " it out, or use 'direct' or 'null_text'."
+            )
+        if isinstance(negative_prompt, (list, tuple)):
+            raise ValueError(f"`negative_prompt` is {negative_prompt!r}: an inversion has one, a text.")
+        negative = self.check_negative(negative_prompt, negative_prompt_embeds)
+        own = self.check_embeds(name, prompt_embeds)
+        return {
+            "negative_prompt": "" if negative is None else negative_prompt,
+            "empty_embeds": negative and negative[0],
+            "prompt_embeds": own and own[0],
+        }
 
     def check_picture(
         self,
@@ -490,12 +554,18 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         guidance_scale: float,
         num_inner_steps: int = 10,
         early_stop_epsilon: float = 1e-5,
+        negative_prompt: str | None = "",
+        empty_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
     ) -> Inversion:
-        """[`~MDEEditPipeline.invert`] after its checks, from what [`~MDEEditPipeline.check_picture`] gives."""
+        """[`~MDEEditPipeline.invert`] after its checks, from what [`~MDEEditPipeline.check_picture`] and
+        [`~MDEEditPipeline.check_source_embeds`] give."""
         num_inference_steps, num_inner_steps = int(num_inference_steps), int(num_inner_steps)
         scheduler = self.ddim_scheduler(num_inference_steps)
         passes = num_inference_steps * (1 if method == "direct" else 2)
-        latents, prompt_embeds, empty_embeds = self.encode(pixels), self.embed(prompt), self.embed("")
+        latents, own_embeds = self.encode(pixels), prompt_embeds
+        prompt_embeds = self.embed(prompt) if own_embeds is None else own_embeds
+        empty_embeds = self.embed("") if empty_embeds is None else empty_embeds
         with attention_control(self.unet), self.progress_bar(total=passes) as progress:
             fingerprint = model_fingerprint(self.unet, scheduler, prompt_embeds)
             trajectory, null_embeds = invert_latents(
@@ -524,6 +594,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             fingerprint=fingerprint,
             model_dtype=str(self.unet.dtype),
             image_size=image_size,
+            negative_prompt=None if method == "negative_prompt" else negative_prompt,
+            prompt_embeds=own_embeds,
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -577,7 +649,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         """
         scheduler, device = self.ddim_scheduler(inversion.num_inference_steps), self._execution_device
         with attention_control(self.unet):
-            cross, own = source_attention(self.unet, scheduler, inversion.to(device), self.embed(inversion.prompt))
+            cross, own = source_attention(self.unet, scheduler, inversion.to(device), self.source_embeds(inversion))
         with lock_of(self.tokenizer):
             phrases = prompt_phrases(self.tokenizer, self.spell_out(inversion.prompt))
         size = inversion.image_size or tuple(side * self.vae_scale_factor for side in inversion.latents.shape[-2:])
@@ -658,9 +730,42 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
     def check_same_model(self, inversion: Inversion, scheduler) -> None:
         """Raise `ValueError` unless this pipeline, with `scheduler`, does what the one that made `inversion` did."""
         inversion.check_schedule(scheduler)
-        embeds = self.embed(inversion.prompt)
+        embeds = self.source_embeds(inversion)
         with attention_control(self.unet):
             inversion.check_model(model_fingerprint(self.unet, scheduler, embeds), str(self.unet.dtype))
+
+    def check_null_embeds(
+        self,
+        inversion: Inversion | None,
+        method: str,
+        negative_prompt,
+        negative_prompt_embeds,
+        source_prompt_embeds,
+        count: int,
+    ) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
+        """What an edit's unconditional rows read: embeddings per prompt, or `None` for the inversion's; and, without an
+        inversion, what [`~MDEEditPipeline.invert_pixels`] is told for its own."""
+        nulls = self.check_negative(negative_prompt, negative_prompt_embeds, count)
+        if inversion is not None and source_prompt_embeds is not None:
+            raise ValueError("`source_prompt_embeds` goes with `image`; an inversion has its own.")
+        optimized = (method if inversion is None else inversion.method) != "direct"
+        beside = (negative_prompt, source_prompt_embeds, negative_prompt_embeds)
+        if inversion is None:
+            # an edit of a "direct" inversion brings its own, one per prompt if it likes
+            beside = beside if optimized else (None, source_prompt_embeds, None)
+            told = self.check_source_embeds(method, *beside, "source_prompt_embeds")
+        elif optimized and nulls is not None:
+            texts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt]
+            if inversion.negative_prompt is None or set(texts) != {inversion.negative_prompt}:
+                given = "negative_prompt" if negative_prompt_embeds is None else "negative_prompt_embeds"
+                raise ValueError(
+                    f"`{given}` cannot change in an edit of a {inversion.method!r} inversion, whose null embeddings are"
+                    f" of {inversion.negative_prompt!r}: leave it out, or pass it to `pipe.invert` (with 'null_text' or"
+                    " 'direct')."
+                )
+        if optimized or nulls is None:
+            nulls = [None] * count
+        return nulls, {} if inversion is not None else told
 
     @torch.inference_mode(False)  # a tensor made in inference mode can have no gradient, and Eq. 7 needs one
     @torch.no_grad()
@@ -695,6 +800,10 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["MDEEditPipeline", int, int, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        source_prompt_embeds: torch.Tensor | None = None,
         **refused,
     ) -> MDEEditPipelineOutput | tuple:
         r"""
@@ -768,6 +877,16 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list`, defaults to `["latents"]`):
                 What the callback is given: "latents", "prompt_embeds" (with classifier-free guidance the unconditional
                 rows come first; what it returns replaces the prompts' for the steps to come).
+            negative_prompt (`str` or `list`, *optional*):
+                What guidance leads away from, the inversion's by default. One for all prompts or one per prompt. Null
+                embeddings that were optimized hold for the one they started from: with those any other is an error.
+            prompt_embeds (`torch.Tensor`, *optional*):
+                (prompts, tokens, dim), the target prompts' embeddings if they are not the text encoder's own (weighted
+                words). `prompt` is needed beside them, for the masks' words.
+            negative_prompt_embeds (`torch.Tensor`, *optional*):
+                (1 or prompts, tokens, dim), instead of `negative_prompt`.
+            source_prompt_embeds (`torch.Tensor`, *optional*):
+                (1, tokens, dim), the same for `source_prompt`.
             refused:
                 Other arguments of [`StableDiffusionPipeline`]; an error that says why and what to do instead.
 
@@ -794,8 +913,13 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             per_prompt(m, len(prompts), n)
             for m, n in ((object_masks, "object_masks"), (attribute_masks, "attribute_masks"))
         ]
+        embeds = self.check_embeds("prompt_embeds", prompt_embeds, len(prompts)) or [None] * len(prompts)
         picture, source_prompt, steps, scale = self.check_source(
             inversion, image, source_prompt, num_inference_steps, inversion_method, guidance_scale
+        )
+
+        nulls, told = self.check_null_embeds(
+            inversion, inversion_method, negative_prompt, negative_prompt_embeds, source_prompt_embeds, len(prompts)
         )
 
         # 2. Prepare the source and each edit: words, masks, alignment, text
@@ -806,19 +930,23 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             latent_size, image_size = tuple(inversion.latents.shape[-2:]), inversion.image_size
         rest = (image_size, latent_size, settings, generators)
         words, (layers, loss_layers, edits) = self.check_edits(prompts, source_prompt, masks, *rest)
-        scheduler, source_embeds = self.ddim_scheduler(steps), self.embed(source_prompt)
+        scheduler = self.ddim_scheduler(steps)
         if inversion is None:
-            inversion = self.invert_pixels(pixels, image_size, source_prompt, steps, inversion_method, scale)
+            inversion = self.invert_pixels(pixels, image_size, source_prompt, steps, inversion_method, scale, **told)
         else:
             self.check_same_model(inversion, scheduler)
         if words:
             masks = with_regions(masks, self.find_regions(inversion, words))
             _, _, edits = self.prepare_edits(prompts, source_prompt, masks, *rest)
+        edits = [
+            replace(edit, prompt_embeds=edit.prompt_embeds if own is None else own, null_embeds=null)
+            for edit, own, null in zip(edits, embeds, nulls)
+        ]
         run = Run(
             unet=self.unet,
             scheduler=scheduler,
             inversion=inversion.to(self._execution_device),
-            source_embeds=source_embeds,
+            source_embeds=self.source_embeds(inversion),
             guidance_scale=scale,
             settings=settings,
             layers=layers,
@@ -895,7 +1023,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         """Give the user's callback the tensors it asks for after a step; the latents and edits to go on with."""
         embeds = torch.cat([edit.prompt_embeds for edit in edits])
         if run.guidance_scale > 1:  # unconditional rows first, as in Stable Diffusion's own pipeline
-            embeds = torch.cat([run.inversion.null_embed(i).to(embeds).expand_as(embeds), embeds])
+            embeds = torch.cat([*(run.null_embed(i, edit) for edit in edits), embeds])
         tensors = {"latents": latents, "prompt_embeds": embeds}
         returned = callback(self, i, t, {name: tensors[name] for name in names})
         if not (returned is None or isinstance(returned, dict)):
@@ -925,6 +1053,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             return latents, None
         return self.finish(self.decode_pixels(latents), output_type)
 
+    @torch.no_grad()
     def decode_source(self, inversion: Inversion, output_type: str):
         """The reconstruction branch's picture, decoded once for all edits of an inversion by the same VAE."""
         if output_type == "latent":

@@ -230,7 +230,7 @@ EDIT = ["edit", "--config", CASE / "edit.json", "--out", "x"]
 @pytest.mark.parametrize(
     "argv,message",
     [
-        (["edit", "--out", "x"], "missing --image, --source-prompt, --prompt"),
+        (["edit", "--out", "x"], "missing --prompt, --image, --source-prompt"),
         (["invert", "--image", "x"], "missing --out, --source-prompt"),
         (["edit", "--object", "dog"], "write WORD=MASK.png"),
         (["edit", "--object", "=dog.png"], "write WORD=MASK.png"),

@@ -135,6 +135,7 @@ NAMES = """
     guidance_scale cross_replace_steps self_replace_steps oal_weight ccl_weight ccl_form optimization_steps
     optimization_iterations optimization_tolerance step_size max_update attention_resolution mask_dilation
     background_blend eta generator output_type callback_on_step_end callback_on_step_end_tensor_inputs latents surprise
+    negative_prompt prompt_embeds negative_prompt_embeds source_prompt_embeds
 """.split()
 
 
@@ -206,6 +207,9 @@ def file(inversion, tmp_path):
         {"image_size": [1]},
         {"image_size": "big"},
         {"image_size": 5},
+        {"prompt_embeds": "big"},
+        {"prompt_embeds": [1.0]},
+        {"negative_prompt": 5},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -147,7 +147,8 @@ def inversion_settings(args: argparse.Namespace) -> dict:
 
 
 def invert(args: argparse.Namespace, pipe: MDEEditPipeline, image: PIL.Image.Image) -> Inversion:
-    return pipe.invert(image, args.source_prompt, **inversion_settings(args))
+    # of a direct inversion the edit's is its own; the others start from it
+    return pipe.invert(image, args.source_prompt, **inversion_settings(args), negative_prompt=args.negative_prompt)
 
 
 def run_edit(args: argparse.Namespace) -> str:
@@ -186,6 +187,7 @@ def run_edit(args: argparse.Namespace) -> str:
             object_masks=objects,
             attribute_masks=attributes,
             guidance_scale=args.guidance_scale,
+            negative_prompt=args.negative_prompt,
             generator=None if args.seed is None else torch.Generator().manual_seed(args.seed),
             output_attention_maps=True,
             **vars(settings),
@@ -211,6 +213,7 @@ def run_edit(args: argparse.Namespace) -> str:
         "method": inversion.method,
         "steps": inversion.num_inference_steps,
         "guidance_scale": inversion.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        "negative_prompt": inversion.negative_prompt if args.negative_prompt is None else args.negative_prompt,
     }
     unsaid = ("command", "out", "device")
     run = {

@@ -57,7 +57,10 @@ _REGIONS = {
     "segmenter": Option(str, "model for points and boxes (facebook/sam-vit-base), or for words (a CLIPSeg)"),
     "detector": Option(str, "model that finds words for a --segmenter of points (google/owlv2-base-patch16-ensemble)"),
 }
-_GUIDANCE = {"guidance_scale": Option(float, "classifier-free guidance (default: 7.5, or the inversion's)", low=1)}
+_GUIDANCE = {
+    "guidance_scale": Option(float, "classifier-free guidance (default: 7.5, or the inversion's)", low=1),
+    "negative_prompt": Option(str, "what guidance leads away from"),
+}
 _SETTINGS = {
     setting.name: Option(setting.type, "", setting.default, **setting.metadata) for setting in fields(Settings)
 }
