@@ -366,7 +366,7 @@ class Inversion:
         if self.timesteps.is_floating_point() or self.timesteps.min() < 0:
             raise ValueError("its timesteps are not whole numbers from 0")
         if not isinstance(self.fingerprint, torch.Tensor) or self.fingerprint.ndim != 4:
-            raise ValueError("its fingerprint is no prediction, as before version 0.2")
+            raise ValueError("its fingerprint is of an older kind, or none")
         check_setting("method", self.method, str, choices=INVERSION_METHODS)
         check_setting("guidance_scale", self.guidance_scale, float, 1)
         check_text("prompt", self.prompt)

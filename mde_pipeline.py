@@ -64,10 +64,7 @@ REFUSED = {
     "ip_adapter_image": "image prompts have no words whose attention could be steered",
     "ip_adapter_image_embeds": "image prompts have no words whose attention could be steered",
     "cross_attention_kwargs": "it carries this pipeline's own control; for a LoRA's strength use `pipe.set_adapters`",
-    "height": "the picture keeps its size: pass it to `pipe.invert`",
-    "width": "the picture keeps its size: pass it to `pipe.invert`",
     "latents": "every edit starts where the inversion ended",
-    "num_images_per_prompt": "an edit is deterministic: pass a list of prompts, or vary the seed of `eta`'s noise",
     "timesteps": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
     "sigmas": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
 }
@@ -677,6 +674,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         num_inference_steps: int | None,
         inversion_method: str,
         guidance_scale: float | None,
+        height: int | None,
+        width: int | None,
     ) -> tuple[tuple[torch.Tensor, tuple[int, int]] | None, str, int, float]:
         """What `__call__` starts from, an inversion or a picture to invert.
 
@@ -698,11 +697,19 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             steps = 50 if num_inference_steps is None else num_inference_steps
             scale = 7.5 if guidance_scale is None else guidance_scale
             arguments = (source_prompt, steps, inversion_method, scale)
-            picture = self.check_picture(image, *arguments, prompt_name="source_prompt")
+            size = {"height": height, "width": width}
+            picture = self.check_picture(image, *arguments, **size, prompt_name="source_prompt")
             return picture, source_prompt, int(steps), float(scale)
         self.check_model()
         if source_prompt is not None:
             raise ValueError("`source_prompt` goes with `image`; an inversion knows its own prompt.")
+        for name, wanted, latent in zip(("height", "width"), (height, width), inversion.latents.shape[-2:]):
+            own = latent * self.vae_scale_factor
+            if wanted is not None and wanted != own:
+                raise ValueError(
+                    f"`{name}` is {wanted!r} and the inversion's picture has {own}: leave it out, or pass it to"
+                    " `pipe.invert`."
+                )
         steps = inversion.num_inference_steps
         scale = inversion.guidance_scale if guidance_scale is None else guidance_scale
         if check_setting("num_inference_steps", num_inference_steps, int | None, 1) not in (None, steps):
@@ -804,6 +811,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         source_prompt_embeds: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
         **refused,
     ) -> MDEEditPipelineOutput | tuple:
         r"""
@@ -887,6 +897,11 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 (1 or prompts, tokens, dim), instead of `negative_prompt`.
             source_prompt_embeds (`torch.Tensor`, *optional*):
                 (1, tokens, dim), the same for `source_prompt`.
+            height, width (`int`, *optional*):
+                With `image`: the size to resize it to. An inversion's picture keeps its own.
+            num_images_per_prompt (`int`, defaults to 1):
+                So many edits of each prompt, one after the other; more than one needs `eta`, without which they would
+                all be the same.
             refused:
                 Other arguments of [`StableDiffusionPipeline`]; an error that says why and what to do instead.
 
@@ -908,19 +923,25 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         if not prompts:
             raise ValueError("`prompt` is an empty list: give at least one target prompt.")
-        generators = per_prompt_generators(generator, len(prompts))
+        copies = check_setting("num_images_per_prompt", num_images_per_prompt, int, 1)
+        if copies > 1 and not settings.eta:
+            raise ValueError(
+                f"`num_images_per_prompt` is {copies} and edits without noise are all the same: set `eta` above 0."
+            )
+        embeds = self.check_embeds("prompt_embeds", prompt_embeds, len(prompts)) or [None] * len(prompts)
         masks = [
-            per_prompt(m, len(prompts), n)
+            repeated(per_prompt(m, len(prompts), n), copies)
             for m, n in ((object_masks, "object_masks"), (attribute_masks, "attribute_masks"))
         ]
-        embeds = self.check_embeds("prompt_embeds", prompt_embeds, len(prompts)) or [None] * len(prompts)
         picture, source_prompt, steps, scale = self.check_source(
-            inversion, image, source_prompt, num_inference_steps, inversion_method, guidance_scale
+            inversion, image, source_prompt, num_inference_steps, inversion_method, guidance_scale, height, width
         )
 
         nulls, told = self.check_null_embeds(
             inversion, inversion_method, negative_prompt, negative_prompt_embeds, source_prompt_embeds, len(prompts)
         )
+        prompts, embeds, nulls = (repeated(values, copies) for values in (prompts, embeds, nulls))
+        generators = per_prompt_generators(generator, len(prompts))
 
         # 2. Prepare the source and each edit: words, masks, alignment, text
         if inversion is None:
@@ -1121,6 +1142,11 @@ def with_regions(masks: Sequence[Sequence[Masks | None]], regions: dict[WordKey,
     return [[d and {key: drawn(value) for key, value in d.items()} for d in dicts] for dicts in masks]
 
 
+def repeated(values: Sequence, times: int) -> list:
+    """Each value so many times, one after the other."""
+    return [value for value in values for _ in range(times)]
+
+
 def per_prompt_generators(generator, num_prompts: int) -> list[torch.Generator | None]:
     """One generator per prompt, from one for all (which they then draw from in turn) or a list of them.
 
@@ -1130,6 +1156,6 @@ def per_prompt_generators(generator, num_prompts: int) -> list[torch.Generator |
     generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * num_prompts
     if len(generators) != num_prompts or not all(g is None or isinstance(g, torch.Generator) for g in generators):
         raise ValueError(
-            f"`generator` is {generator!r}: pass a `torch.Generator`, or a list with one per prompt ({num_prompts})."
+            f"`generator` is {generator!r}: pass a `torch.Generator`, or a list with one per picture ({num_prompts})."
         )
     return generators

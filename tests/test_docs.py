@@ -6,6 +6,7 @@ at the defaults as one of four steps. A block that needs more than that is marke
 `<!-- not executed: why -->` right above it.
 """
 
+import json
 import re
 
 import pytest
@@ -21,6 +22,12 @@ BLOCK = re.compile(r"^(<!-- not executed: .+ -->\n+)?```(?:python|py)\n(.*?)^```
 def python_blocks(text):
     """The code of every Python block of a document that is not marked, in order."""
     return [code for skipped, code in BLOCK.findall(text) if not skipped]
+
+
+def notebook_cells(text):
+    """The code of a notebook's cells, in order, without what only a notebook can run."""
+    cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return [re.sub(r"^[%!].*$", "", cell, flags=re.MULTILINE) for cell in cells]
 
 
 def test_blocks_are_found_and_marked_ones_left_out():
@@ -40,6 +47,16 @@ def hub(tmp_path_factory):
     hub.add("user/emoji-ldm-mde", carrier)
     with hub.running():
         yield hub
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    for entry in ("examples", "emoji_ldm"):
+        (tmp_path / entry).symlink_to(ROOT / entry)
+    cells = notebook_cells((ROOT / "examples" / "mde_edit.ipynb").read_text(encoding="utf-8"))
+    assert len(cells) > 8 and "pip install" not in "".join(cells)
+    check = "assert (np.asarray(edited.images[0]) != np.asarray(image)).any() and len(more.images) == 2"
+    run_script("\n".join([*cells, check]), tmp_path / "home", tmp_path)
+    assert (tmp_path / "cat.safetensors").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if python_blocks((ROOT / name).read_text())])

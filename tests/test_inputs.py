@@ -72,7 +72,12 @@ def refuse(pipe, inversion):
         ({"object_masks": {"d\udc00g": MASK}}, "lone surrogate|does not name a word"),
         ({"object_masks": {np.int64(99): MASK}}, "Token position"),
         ({"generator": 5}, "`generator` is 5"),
-        ({"generator": [torch.Generator()] * 2}, r"one per prompt \(1\)"),
+        ({"generator": [torch.Generator()] * 2}, r"one per picture \(1\)"),
+        ({"num_images_per_prompt": 2}, "all the same: set `eta` above 0"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),
+        ({"num_images_per_prompt": None}, "`num_images_per_prompt` is None"),
+        ({"height": 512}, "`height` is 512 and the inversion's picture has 64: leave it out"),
+        ({"width": "96"}, "`width` is '96' and the inversion"),
         ({"callback_on_step_end": 5}, "`callback_on_step_end` is 5"),
         ({"callback_on_step_end_tensor_inputs": None}, "`callback_on_step_end_tensor_inputs` is None"),
         ({"callback_on_step_end_tensor_inputs": "latents"}, "`callback_on_step_end_tensor_inputs` is 'latents'"),
@@ -135,7 +140,7 @@ NAMES = """
     guidance_scale cross_replace_steps self_replace_steps oal_weight ccl_weight ccl_form optimization_steps
     optimization_iterations optimization_tolerance step_size max_update attention_resolution mask_dilation
     background_blend eta generator output_type callback_on_step_end callback_on_step_end_tensor_inputs latents surprise
-    negative_prompt prompt_embeds negative_prompt_embeds source_prompt_embeds
+    negative_prompt prompt_embeds negative_prompt_embeds source_prompt_embeds height width num_images_per_prompt
 """.split()
 
 
@@ -368,6 +373,30 @@ def test_each_prompt_has_its_own_generator(pipe, inversion):
     other = pipe(prompts, inversion, **edit, generator=seeded(3, 4)).images
     assert torch.equal(other[0], both[0]) and not torch.equal(other[1], both[1])
     assert torch.equal(pipe(TARGET, inversion, **edit, generator=seeded(4)[0]).images[0], other[1])
+
+
+def test_several_pictures_of_a_prompt_differ_by_their_noise(pipe, inversion, masks):
+    def seeded(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    edit = {**SHORT, "eta": 0.5}
+    one, other = TARGET, "a tiger wearing a blue hat"
+    four = pipe([one, other], inversion, **edit, num_images_per_prompt=2, generator=seeded(1, 2, 3, 4)).images
+    each = [
+        pipe(p, inversion, **edit, generator=g).images for p, g in zip((one, one, other, other), seeded(1, 2, 3, 4))
+    ]
+    assert torch.equal(four, torch.cat(each)) and not torch.equal(four[0], four[1])
+    dog, tiger = {"dog": masks[0]}, {"tiger": masks[0]}
+    whole = {"object_masks": [dog, tiger], "prompt_embeds": torch.cat([pipe.embed(one), pipe.embed(other)])}
+    out = pipe([one, other], inversion, **edit, **whole, num_images_per_prompt=2, generator=seeded(1, 2, 3, 4))
+    assert [entry[0]["step"] for entry in out.losses] == [0] * 4 and len(out.images) == 4
+
+
+def test_the_one_call_form_resizes(pipe, image):
+    source = {"image": image, "source_prompt": SOURCE, "num_inference_steps": 2, "inversion_method": "direct"}
+    once = pipe(TARGET, **source, **SHORT, height=32, width=48).images
+    inverted = pipe.invert(image, SOURCE, 2, "direct", height=32, width=48)
+    assert torch.equal(once, pipe(TARGET, inverted, **SHORT, height=32, width=48.0).images)
 
 
 def test_a_stable_diffusion_pipeline_still_takes_its_parts(pipe):
