@@ -705,7 +705,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             raise ValueError("`source_prompt` goes with `image`; an inversion knows its own prompt.")
         for name, wanted, latent in zip(("height", "width"), (height, width), inversion.latents.shape[-2:]):
             own = latent * self.vae_scale_factor
-            if wanted is not None and wanted != own:
+            if check_setting(name, wanted, int | None, 1) not in (None, own):
                 raise ValueError(
                     f"`{name}` is {wanted!r} and the inversion's picture has {own}: leave it out, or pass it to"
                     " `pipe.invert`."

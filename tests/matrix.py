@@ -33,6 +33,8 @@ TESTS = (
     "inversion",
     "denoise",
     "mde_pipeline",
+    "embeds",
+    "localize",
     "inputs",
     "threads",
     "dropin",

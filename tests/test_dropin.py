@@ -15,7 +15,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from mde_edit import MDEEditPipeline
@@ -121,6 +120,8 @@ def fuse_and_unfuse(pipe):
 
 
 def group_offload(pipe, folder=None):
+    if not hasattr(pipe.unet, "enable_group_offload"):
+        pytest.skip("a release before group offload")
     devices = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
     pipe.unet.enable_group_offload(**devices, offload_type="leaf_level", offload_to_disk_path=folder)
 
@@ -232,6 +233,8 @@ def test_quantized_activations_have_no_gradient_and_are_refused(own, image):
 @pytest.mark.parametrize("method", ["direct", "null_text"])
 def test_weights_stored_in_eight_bits(own, run, method):
     """diffusers' layerwise casting; the same as the rounded weights held in full."""
+    if not hasattr(own.unet, "enable_layerwise_casting"):
+        pytest.skip("a release before layerwise casting")
     own.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     stored = own.unet.state_dict()
     assert torch.float8_e4m3fn in {weight.dtype for weight in stored.values()}
@@ -245,14 +248,15 @@ def test_weights_stored_in_eight_bits(own, run, method):
 
 
 def test_caches_of_layers_are_refused(own, inversion):
-    config = PyramidAttentionBroadcastConfig(
+    hooks = pytest.importorskip("diffusers.hooks", reason="a release before caches")
+    config = hooks.PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         cross_attention_block_skip_range=2,
         spatial_attention_block_identifiers=("attn1",),
         cross_attention_block_identifiers=("attn2",),
         current_timestep_callback=lambda: 500,
     )
-    apply_pyramid_attention_broadcast(own.unet, config)
+    hooks.apply_pyramid_attention_broadcast(own.unet, config)
     with count_unet_calls(own.unet) as calls, pytest.raises(ValueError, match="has the hook 'pyramid_attention_broad"):
         own(TARGET, inversion)
     assert not calls

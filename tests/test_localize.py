@@ -13,6 +13,7 @@ from mde_edit.attention_processors import attention_control, attention_layers
 from mde_edit.localize import largest_islands, localization_layers, source_attention, word_region
 from mde_edit.prompts import prompt_phrases
 
+from benchmarks import localization
 from benchmarks.localization import iou, measure
 from training.scenes import Scene, random_scene
 
@@ -206,3 +207,12 @@ def test_the_embedded_model_finds_what_it_sees():
     assert all(entry["everything"] < entry["ceiling"] <= 1 for entry in entries)
     alone = measure(pipe, Scene.of("cat", background="on grass"), 0, steps=10)
     assert alone[0]["iou"] > 0.85
+
+
+def test_the_benchmark_prints_a_row_per_softness(capsys):
+    localization.main(["--scenes", "2", "--steps", "3", "--soften", "1", "0.2"])
+    head, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 0.2"]
+    assert all(row.count("|") == head.count("|") for row in rows)
+    sharp, soft = (float(row.split(" | ")[-1].split()[0]) for row in rows)
+    assert soft < sharp  # diluted attention lies less in the masks

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +225,10 @@ def test_the_exported_folder_is_a_stable_diffusion_pipeline(stages):
     assert images.shape == (1, 32, 32, 3) and np.isfinite(images).all()
     with safe_open(stages / "ldm" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+    # transformers 4 reads these names alone, without a word about what it did not find
+    for folder in (stages / "ldm" / "pipeline", Path("emoji_ldm")):
+        with safe_open(folder / "text_encoder" / "model.safetensors", "pt") as file:
+            assert all(name.startswith("text_model.") for name in file.keys())
 
 
 def test_a_unet_trained_on_starts_where_the_other_ended(stages, tmp_path):

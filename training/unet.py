@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -217,6 +218,10 @@ def export(folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, text: C
     """Write a diffusers folder, fp16, that `StableDiffusionPipeline.from_pretrained` loads."""
     for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text)):
         save_half(module, folder / name)
+    # transformers 5 saves the weights without the prefix that 4 looks for, and reads them with it too
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
     tokenizer = Path(tokenizer)
     (folder / "tokenizer").mkdir(exist_ok=True)
     for file in sorted(tokenizer.iterdir()):
