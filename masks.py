@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from .pictures import PictureInput, has_alpha, read_pixels
+from .prompts import WordKey
 
 
 MaskInput = PictureInput | Sequence[PictureInput]
+# An edited word's region: a mask, or the word of the source prompt that the model's attention is to find.
+Masks = dict[WordKey, MaskInput | str | tuple[str, int]]
 
 
 def as_binary_mask(mask: MaskInput, name: str, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -125,3 +128,42 @@ def edit_mask(masks: Sequence[torch.Tensor], latent_size: tuple[int, int], dilat
     for mask in masks:
         touched |= resize_mask(mask, latent_size) > 0
     return dilate_mask(touched.float(), default_dilation(latent_size) if dilation is None else dilation).bool()
+
+
+def _is_word(value) -> bool:
+    """Whether a mask's value is a word of the source prompt, or one of its occurrences."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return isinstance(value[0], str) and isinstance(value[1], int)
+    return isinstance(value, str)
+
+
+def source_words(masks: Sequence[Sequence[Masks | None]]) -> dict[WordKey, str]:
+    """The words that stand in a mask's place, and what an error calls them.
+
+    Args:
+        masks: object masks and attribute masks, each one dict per prompt.
+    """
+    words: dict[WordKey, str] = {}
+
+    def look_at(value, name: str) -> None:
+        if _is_word(value):
+            words.setdefault(value, name)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                look_at(part, name)
+
+    for name, dicts in zip(("object_masks", "attribute_masks"), masks):
+        for key, value in (item for d in dicts for item in (d or {}).items()):
+            look_at(value, f"{name}[{key!r}]")
+    return words
+
+
+def with_regions(masks: Sequence[Sequence[Masks | None]], regions: dict[WordKey, np.ndarray]):
+    """`masks` with the region of each word in its place."""
+
+    def drawn(value):
+        if _is_word(value):
+            return regions[value]
+        return [drawn(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return [[d and {key: drawn(value) for key, value in d.items()} for d in dicts] for dicts in masks]

@@ -42,7 +42,7 @@ from .inversion import (
 )
 from .localize import source_attention, word_region
 from .losses import object_alignment_loss  # noqa: F401  diffusers copies a plug-in's direct imports only: import all
-from .masks import MaskInput, as_binary_mask, binarize_mask, edit_mask, resize_mask
+from .masks import Masks, as_binary_mask, binarize_mask, edit_mask, resize_mask, source_words, with_regions
 from .pictures import on_white, read_pixels
 from .prompts import (
     WordKey,
@@ -68,8 +68,6 @@ REFUSED = {
     "timesteps": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
     "sigmas": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
 }
-# An edited word's region: a mask, or the word of the source prompt that the model's attention is to find.
-Masks = dict[WordKey, MaskInput | str | tuple[str, int]]
 
 
 @dataclass
@@ -1112,34 +1110,6 @@ def per_prompt(masks, num_prompts: int, name: str) -> list[Masks | None]:
             f" prompt ({num_prompts})."
         )
     return list(masks)
-
-
-def _is_word(value) -> bool:
-    if isinstance(value, tuple) and len(value) == 2:
-        return isinstance(value[0], str) and isinstance(value[1], int)
-    return isinstance(value, str)
-
-
-def source_words(masks: Sequence[Sequence[Masks | None]]) -> dict[WordKey, str]:
-    """The words that stand in a mask's place, object masks then attribute masks, and what an error calls them."""
-    words: dict[WordKey, str] = {}
-    for name, dicts in zip(("object_masks", "attribute_masks"), masks):
-        for key, value in (item for d in dicts for item in (d or {}).items()):
-            for part in [value] if _is_word(value) or not isinstance(value, (list, tuple)) else value:
-                if _is_word(part):
-                    words.setdefault(part, f"{name}[{key!r}]")
-    return words
-
-
-def with_regions(masks: Sequence[Sequence[Masks | None]], regions: dict[WordKey, np.ndarray]):
-    """`masks` with the region of each word in its place."""
-
-    def drawn(value):
-        if _is_word(value):
-            return regions[value]
-        return [drawn(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-    return [[d and {key: drawn(value) for key, value in d.items()} for d in dicts] for dicts in masks]
 
 
 def repeated(values: Sequence, times: int) -> list:

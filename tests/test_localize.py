@@ -150,7 +150,7 @@ def test_a_word_in_a_masks_place_is_its_mask(pipe, inversion, image):
         attribute_masks={"red": masks["straw hat"]},
         **edit,
     )
-    words = {"object_masks": {"dog": ["cat", ("a", 1)]}, "attribute_masks": {"red": "straw hat"}}
+    words = {"object_masks": {"dog": ["cat", [("a", 1)]]}, "attribute_masks": {"red": "straw hat"}}
     assert torch.equal(pipe(TARGET, inversion, **words, **edit).images, drawn.images)
     whole = {"image": image, "source_prompt": SOURCE, "num_inference_steps": 5, "inversion_method": "direct"}
     once = pipe(TARGET, **whole, guidance_scale=3.0, **words, **edit)

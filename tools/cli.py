@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from ..bundle import self_contained_source
 from ..denoise import Settings
 from ..inversion import Inversion
-from ..masks import as_binary_mask, edit_mask, resize_mask
-from ..mde_pipeline import MDEEditPipeline, source_words, with_regions
+from ..masks import as_binary_mask, edit_mask, resize_mask, source_words, with_regions
+from ..mde_pipeline import MDEEditPipeline
 from ..pictures import on_white, read_pixels
 from .measure import as_array, measured, peak_memory_mib, psnr
 from .options import mask_key, parse_region, read_arguments
