@@ -62,8 +62,9 @@ test: $(VENV)/test
 
 test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -m slow
+	ROUNDS=15 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_threads.py
 
-# Ten thousand calls, arrays and configs of any kind; `make test` makes 300 of each.
+# Ten thousand calls, arrays and configs of any kind; `make test` makes 150 of each.
 fuzz: $(VENV)/test
 	FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_inputs.py tests/test_pictures.py tests/test_cli.py -k any_
 

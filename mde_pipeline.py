@@ -471,7 +471,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             [`Inversion`]
 
         Raises:
-            ValueError: bad picture, prompt or setting; before any U-Net call.
+            ValueError: bad picture, prompt or setting; before any pass on the picture.
             FloatingPointError: the optimization or the inversion left the finite numbers.
         """
         arguments = (prompt, num_inference_steps, method, guidance_scale, num_inner_steps, early_stop_epsilon)
@@ -907,7 +907,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             [`MDEEditPipelineOutput`] or, without `return_dict`, its fields' tuple `(images, source_images, nsfw, ...)`.
 
         Raises:
-            ValueError: bad word, mask, prompt, inversion or setting; before any U-Net call.
+            ValueError: bad word, mask, prompt, inversion or setting; before any pass on the picture.
             FloatingPointError: losses or latents left the finite numbers.
         """
         arguments = locals()

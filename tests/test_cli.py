@@ -354,7 +354,7 @@ JSON = st.recursive(
     st.none() | st.integers(0, 200),
 )
 @settings(
-    max_examples=int(os.environ.get("FUZZ", 300)),
+    max_examples=int(os.environ.get("FUZZ", 150)),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

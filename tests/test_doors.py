@@ -359,11 +359,13 @@ def run_tests_on_the_bundle(bundle, *names):
 
 
 def test_the_community_file_passes_the_packages_tests(bundle):
-    done = run_tests_on_the_bundle(bundle, "test_prompts", "test_masks", "test_losses", "test_denoise")
+    done = run_tests_on_the_bundle(bundle, "test_prompts", "test_masks", "test_losses")
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.slow
 def test_the_community_file_passes_all_of_the_packages_tests(bundle):
-    done = run_tests_on_the_bundle(bundle, "test_attention_processors", "test_inversion", "test_mde_pipeline")
+    done = run_tests_on_the_bundle(
+        bundle, "test_attention_processors", "test_inversion", "test_denoise", "test_mde_pipeline"
+    )
     assert done.returncode == 0, done.stdout[-4000:]

@@ -31,7 +31,7 @@ from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe
 
 MASK = np.ones((HEIGHT, WIDTH), bool)
 PICTURE = PIL.Image.new("RGB", (WIDTH, HEIGHT))
-FUZZ = int(os.environ.get("FUZZ", 300))
+FUZZ = int(os.environ.get("FUZZ", 150))
 SHORT = {"optimization_iterations": 1, "optimization_steps": 0.4, "output_type": "latent"}
 
 
@@ -151,7 +151,7 @@ class Reached(Exception):
 
 @given(st.sampled_from(NAMES), ANYTHING, st.booleans())
 @settings(
-    max_examples=int(os.environ.get("FUZZ", 300)),
+    max_examples=int(os.environ.get("FUZZ", 150)),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -244,6 +244,28 @@ def test_a_foreign_file_is_refused(file, content):
         path.write_bytes({"text": b"hello", "empty": b"", "cut": whole[: len(whole) // 2]}[content])
     with pytest.raises(ValueError, match="is not an inversion, or a damaged one"):
         Inversion.load(path)
+
+
+@given(st.data())
+@settings(max_examples=FUZZ, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_is_a_whole_inversion_or_refused(file, data):
+    """Bytes changed, cut out or put in, in the header or anywhere."""
+    whole = file[0].with_name("whole")
+    if not whole.exists():
+        whole.write_bytes(file[0].read_bytes())
+    content = bytearray(whole.read_bytes())
+    reach = data.draw(st.sampled_from([8, 2000, len(content)]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, min(reach, len(content))))
+        content[start : start + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=20))
+    file[0].write_bytes(content)
+    try:
+        loaded = Inversion.load(file[0])
+    except ValueError as error:
+        assert "is not an inversion, or a damaged one" in str(error)
+    else:
+        loaded.check_whole()
+        assert torch.isfinite(loaded.latents).all() and loaded.prompt
 
 
 def test_a_missing_file_is_missing(tmp_path):

@@ -366,7 +366,7 @@ def bad_mask(value=None, shape=(HEIGHT, WIDTH)):
         ({"object_masks": {"dog": bad_mask(1, (WIDTH, HEIGHT))}}, "is it transposed"),
         ({"object_masks": {"dog": np.ones((2, HEIGHT, WIDTH))}}, r"has shape \(2, 64, 96\)"),
         ({"object_masks": {"dog": np.ones(3)}}, r"has shape \(3,\)"),
-        ({"object_masks": {"dog": "mask.png"}}, "is a str: pass a PIL image"),
+        ({"object_masks": {"dog": "mask.png"}}, "names no word of the source prompt.*has to be opened"),
         ({"object_masks": [{}, {}]}, "one dict per prompt"),
         ({"prompt": []}, "empty list"),
         ({"prompt": ["", TARGET]}, "`prompt` is ''"),

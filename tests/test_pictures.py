@@ -272,7 +272,7 @@ def arrays(draw):
 
 
 @given(arrays())
-@settings(max_examples=int(os.environ.get("FUZZ", 300)), deadline=None)
+@settings(max_examples=int(os.environ.get("FUZZ", 150)), deadline=None)
 def test_any_array_is_read_or_refused_by_name(value):
     for read in (lambda: on_white(read_pixels(value, "`image`")), lambda: as_binary_mask(value, "`image`", [(1, 1)])):
         try:

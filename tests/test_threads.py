@@ -1,6 +1,7 @@
 """Several calls at once, calls within calls, and Ctrl-C anywhere: right pictures, and nothing left behind."""
 
 import copy
+import os
 import sys
 import threading
 
@@ -42,7 +43,7 @@ def test_two_threads_give_what_one_gives(own, image, masks, pairing):
 
     def repeat(name, delay):
         try:
-            for _ in range(15):
+            for _ in range(int(os.environ.get("ROUNDS", 5))):  # `make test-slow` makes fifteen
                 threading.Event().wait(delay)
                 if not torch.equal(work[name](), expected[name]):
                     wrong.append(name)
