@@ -9,16 +9,22 @@ import torch
 import torch.nn.functional as F
 from mde_edit.tools.segment import load_segmenter
 from transformers import (
+    BertConfig,
+    BertTokenizer,
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
     CLIPTokenizer,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoProcessor,
     OwlViTConfig,
     OwlViTForObjectDetection,
     OwlViTProcessor,
     SamConfig,
     SamModel,
     SamProcessor,
+    SwinConfig,
 )
 
 
@@ -96,6 +102,45 @@ def clipseg(tmp_path_factory):
 
 def is_mask(mask):
     return mask.shape == (48, 80) and mask.dtype == bool and mask.any()
+
+
+@pytest.fixture(scope="module")
+def grounding(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("grounding")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", ".", "?"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    text = {**SMALL, "num_hidden_layers": 1, "vocab_size": len(words)}
+    small = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 4}
+    config = GroundingDinoConfig(
+        backbone_config=SwinConfig(image_size=64, **small, out_features=["stage2", "stage3", "stage4"]),
+        text_config=BertConfig(**text).to_dict(),
+        d_model=32,
+        encoder_layers=1,
+        encoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        decoder_layers=2,
+        decoder_ffn_dim=16,
+        decoder_attention_heads=2,
+        num_queries=5,
+        max_text_len=16,
+    )
+    GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    images = transformers.GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 80})
+    GroundingDinoProcessor(images, BertTokenizer(str(folder / "vocab.txt"))).save_pretrained(folder)
+    return str(folder)
+
+
+def test_grounding_dino_reads_words_as_its_own_processor_writes_them(sam, grounding):
+    segment = load_segmenter(sam, grounding)
+    processor, model = GroundingDinoProcessor.from_pretrained(grounding), segment.detector.model
+    inputs = processor(images=IMAGE, text=[["cat"]], return_tensors="pt")
+    with torch.no_grad():
+        out = model(**inputs)
+    size = {"target_sizes": [IMAGE.size[::-1]], "threshold": 0.0, "text_threshold": 0.0}
+    (found,) = processor.post_process_grounded_object_detection(out, inputs.input_ids, **size)
+    x0, y0, x1, y1 = found["boxes"][found["scores"].argmax()].int().tolist()
+    assert segment.find(IMAGE, "cat") == (max(x0, 0), max(y0, 0), min(x1, IMAGE.width), min(y1, IMAGE.height))
 
 
 def test_points_and_boxes(sam):

@@ -119,8 +119,10 @@ class PromptSegmenter:
             raise ValueError(
                 "SAM does not read words: pass `detector` (google/owlv2-base-patch16-ensemble), or a CLIPSeg."
             )
+        # Grounding DINO was trained on phrases that each end with a period
+        period = "." if "grounding" in self.detector.model.config.model_type else ""
         found = []
-        for entry in self.detector(image, candidate_labels=[word], threshold=0.0):
+        for entry in self.detector(image, candidate_labels=[word + period], threshold=0.0):
             x0, y0, x1, y1 = (entry["box"][side] for side in ("xmin", "ymin", "xmax", "ymax"))
             box = max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height)
             if box[0] < box[2] and box[1] < box[3]:
