@@ -4,15 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo examples train model-report bench-quick bench bench-tune bench-tradeoff test test-slow fuzz test-matrix lint bundle hub clean
+.PHONY: demo app examples gallery train model-report bench-quick bench bench-tune bench-tradeoff test test-app test-slow fuzz \
+	test-matrix lint bundle hub space clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --method direct --guidance-scale 2.5 --out $(OUT)/direct
 
+# The page, in a browser: MODEL=CompVis/stable-diffusion-v1-4 for photographs.
+app: $(VENV)/app
+	$(BIN)/mde-edit app $(if $(MODEL),--model $(MODEL))
+
 examples: $(VENV)/demo
 	for case in examples/*/; do $(BIN)/mde-edit edit --config $$case/edit.json --out $$case || exit 1; done
-	$(BIN)/python examples/strip.py
+	$(BIN)/python examples/gallery.py
+
+gallery: $(VENV)/demo
+	$(BIN)/python examples/gallery.py
 
 # The embedded model's training, stage by stage; see training/README.md.
 train: $(VENV)/train
@@ -60,6 +68,13 @@ bench-tradeoff: $(VENV)/bench
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# The page's tests, in the browser that is there, or Debian's Chromium.
+ROOTLY = $(if $(filter-out 0,$(shell id -u)),sudo)
+test-app: $(VENV)/test-app
+	command -v chromium google-chrome > /dev/null || $(ROOTLY) apt-get install -qy chromium > /dev/null || \
+		{ $(ROOTLY) apt-get update && $(ROOTLY) apt-get install -qy chromium > /dev/null; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m app tests/test_app.py
+
 test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -m slow
 	ROUNDS=15 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_threads.py
@@ -85,6 +100,10 @@ bundle: $(VENV)/demo
 hub: $(VENV)/demo
 	$(BIN)/mde-edit push $(or $(REPO),$(error say where to: make hub REPO=user/name)) \
 		$(if $(MODEL),--with-model $(MODEL)) $(if $(DRY),--dry-run)
+
+# make space REPO=user/name [DRY=1]
+space: $(VENV)/demo
+	$(BIN)/mde-edit push $(or $(REPO),$(error say where to: make space REPO=user/name)) --space $(if $(DRY),--dry-run)
 
 clean:
 	rm -rf $(VENV) $(OUT) train_out bench_out build

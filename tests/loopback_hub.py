@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """Repositories as {(kind, name): {path: bytes}} with kind "models" or "datasets", served at `url`.
+    """Repositories as {(kind, name): {path: bytes}} with kind "models", "datasets" or "spaces", served at `url`.
 
     requests: every (method, path) it was asked, in order.
     commits: (repository name, first line of the message, sorted paths) of every push.
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path))
         if path == "/pypi/diffusers/json":
             return self.reply(self.hub.index)
-        info = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
+        info = re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
         if info:
             kind, name, revision = info.groups()
             found = self.find(kind, name, revision or "main")
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
                 common = {"private": False, "disabled": False, "gated": False, "downloads": 0, "likes": 0, "tags": []}
                 self.reply({"_id": sha, "id": name, "modelId": name, "sha": sha, "siblings": siblings, **common})
             return None
-        tree = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", path)
+        tree = re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/tree/([^/]+)", path)
         if tree:
             found = self.find(*tree.groups())
             if found:
@@ -135,13 +135,13 @@ class Handler(BaseHTTPRequestHandler):
             name = f"{asked.get('organization') or 'user'}/{asked['name']}"
             self.hub.repos.setdefault((f"{asked.get('type') or 'model'}s", name), {})
             return self.reply({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
-        preupload = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/preupload/([^/]+)", path)
+        preupload = re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/preupload/([^/]+)", path)
         if preupload:
             asked = json.loads(body)["files"]
             return self.reply(
                 {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
             )
-        commit = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/commit/([^/]+)", path)
+        commit = re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)/commit/([^/]+)", path)
         if commit and (commit[1], commit[2]) in self.hub.repos:
             message, pushed = "", []
             for line in map(json.loads, body.splitlines()):

@@ -1,10 +1,13 @@
 """Publishing: what goes to the Hub, and that it can be used from there."""
 
+import json
 import shutil
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoCard
 from mde_edit import MDEEditPipeline
+from mde_edit.tools import publish
+from mde_edit.tools.cli import main
 from mde_edit.tools.publish import files_to_push
 
 from .conftest import make_pipe
@@ -68,6 +71,31 @@ print("code", short_edit(pipe))
 """
         printed, _ = run_script(load, home, tmp_path, hub)
     assert printed == {"model": expected, "code": expected}
+
+
+def test_a_space_goes_with_all_that_it_runs_on(monkeypatch, capsys):
+    hub, endpoint = Hub(), HfApi
+    with hub.running():
+        monkeypatch.setattr(publish, "HfApi", lambda: endpoint(hub.url, token="hf_none"))
+        assert main(["push", "user/page", "--space", "--dry-run"]) == 0
+        assert not hub.requests and "would go to user/page" in capsys.readouterr().out
+        assert main(["push", "user/page", "--space", "--message", "Page"]) == 0
+    files = publish.files_of_space(ROOT)
+    assert hub.commits == [("user/page", "Page", sorted(files))]
+    assert hub.repos["spaces", "user/page"] == files
+    metadata = RepoCard(files["README.md"].decode()).data.to_dict()
+    assert metadata["sdk"] == "gradio" and metadata["app_file"] in files
+    pins = (ROOT / "constraints.txt").read_text().split()
+    assert f"gradio=={metadata['sdk_version']}" in pins
+    # torch is not the newest: ZeroGPU has none beyond 2.11
+    assert {line for line in files["requirements.txt"].decode().split() if "torch" not in line} <= set(pins)
+    case = json.loads(files["mde_edit/examples/cat_straw_hat/edit.json"])
+    assert f"mde_edit/examples/cat_straw_hat/{case['object']['dog']}" in files
+
+
+def test_a_space_needs_a_clone(tmp_path):
+    with pytest.raises(ValueError, match="app.py, emoji_ldm/model_index.json, mde_edit/mde_pipeline.py not found"):
+        publish.files_of_space(tmp_path)
 
 
 @pytest.mark.skipif(not (ROOT / "model_card.md").exists(), reason="no card yet")

@@ -1,5 +1,5 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `mde-edit invert`, `mask`, `edit`; to share the pipeline, `bundle`, `push`. Each has `--help`."""
+"""The command line: `mde-edit invert`, `mask`, `edit`, `app`; to share it, `bundle`, `push`. Each has `--help`."""
 
 import argparse
 import importlib.util
@@ -27,7 +27,7 @@ from ..mde_pipeline import MDEEditPipeline
 from ..pictures import on_white, read_pixels
 from .measure import as_array, measured, peak_memory_mib, psnr
 from .options import mask_key, parse_region, read_arguments
-from .publish import files_to_push, push
+from .publish import files_of_space, files_to_push, push
 from .segment import load_segmenter
 from .sheet import draw_sheet, overlay
 
@@ -303,6 +303,22 @@ def run_mask(args: argparse.Namespace) -> str:
     return f"wrote {out} ({100 * np.asarray(mask).mean() / 255:.1f} % of the picture), {marked}"
 
 
+def run_app(args: argparse.Namespace) -> str:
+    """Serve the page until it is interrupted."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("The page needs gradio: pip install 'mde-edit[app]'.")
+    check_matplotlib()
+    segmenter = None
+    if args.segmenter:
+        with reading("segmenter", args.segmenter):
+            segmenter = load_segmenter(args.segmenter, args.detector, args.device)
+    from .app import serve
+    from .studio import Studio
+
+    serve(Studio(load_pipeline(args), args.model, segmenter), port=args.port, share=args.share, inbrowser=True)
+    return "closed"
+
+
 def run_bundle(args: argparse.Namespace) -> str:
     source = self_contained_source(MDEEditPipeline.source_file)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -311,15 +327,25 @@ def run_bundle(args: argparse.Namespace) -> str:
 
 
 def run_push(args: argparse.Namespace) -> str:
-    files = files_to_push(ROOT, Path(args.with_model) if args.with_model else None)
+    if args.space:
+        files = files_of_space(ROOT)
+    else:
+        files = files_to_push(ROOT, Path(args.with_model) if args.with_model else None)
     listing = "".join(f"{len(data):>10}  {path}\n" for path, data in files.items())
     summary = f"{len(files)} files, {sum(map(len, files.values()))} bytes"
     if args.dry_run:
         return f"{listing}{summary} would go to {args.repo}"
-    return f"{listing}{summary}: {push(args.repo, files, args.message, args.private)}"
+    return f"{listing}{summary}: {push(args.repo, files, args.message, args.private, args.space)}"
 
 
-COMMANDS = {"invert": run_invert, "edit": run_edit, "mask": run_mask, "bundle": run_bundle, "push": run_push}
+COMMANDS = {
+    "invert": run_invert,
+    "edit": run_edit,
+    "mask": run_mask,
+    "app": run_app,
+    "bundle": run_bundle,
+    "push": run_push,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from ..inversion import INVERSION_METHODS
 class Option:
     """One setting of a command: a flag and a key of its config.
 
-    kind: `str`, `int`, `float`, one of them `| None`, or `dict` for masks by word. low, high: range of a number.
+    kind: `str`, `int`, `float`, one of them `| None`, `bool`, or `dict` for masks by word. low, high: a number's range.
     """
 
     kind: Any
@@ -32,6 +32,10 @@ class Option:
         """`value` as this option takes it; raises `ValueError` naming it."""
         if self.kind is dict:
             return _check_masks(name, value)
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` is {value!r}: use true or false.")
+            return value
         if self.kind is str and not self.choices:
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"`{name}` is {value!r}: use a text.")
@@ -87,11 +91,18 @@ OPTIONS: dict[str, dict[str, Option]] = {
         **_REGIONS,
         **_OUT,
     },
+    "app": {
+        **_MODEL,
+        **_REGIONS,
+        "port": Option(int | None, "of the page (default: the first free one from 7860)", low=0, high=65535),
+        "share": Option(bool, "give the page a public address for three days", False),
+    },
 }
 _HELP = {
     "invert": "invert a picture once, to edit it often",
     "edit": "edit a picture",
     "mask": "write a mask, and beside it a picture to look at",
+    "app": "edit in a browser",
 }
 _PATHS = ("image", "inversion")
 
@@ -144,7 +155,9 @@ def build_parser() -> Parser:
     bundle.add_argument("--out", required=True, help="the file to write; diffusers finds it by its name, mde_edit.py")
     hub = commands.add_parser("push", help="upload the pipeline's code and card to the Hugging Face Hub")
     hub.add_argument("repo", help="user/name; made if there is none")
-    hub.add_argument("--with-model", metavar="FOLDER", help="a saved pipeline that goes there too, such as emoji_ldm")
+    what = hub.add_mutually_exclusive_group()
+    what.add_argument("--with-model", metavar="FOLDER", help="a saved pipeline that goes there too, such as emoji_ldm")
+    what.add_argument("--space", action="store_true", help="a Space with the page of `mde-edit app` instead")
     hub.add_argument("--dry-run", action="store_true", help="only list what would go")
     hub.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     hub.add_argument("--message", default="Upload MDE-Edit", help="of the commit")
@@ -157,6 +170,8 @@ def add_flag(parser: argparse.ArgumentParser, name: str, option: Option) -> None
         shown = f"{shown} (default: {str(option.default).lower()})".lstrip()
     if option.kind is dict:
         parser.add_argument(flag, action="append", type=_word_and_mask, metavar=option.metavar, help=shown)
+    elif option.kind is bool:
+        parser.add_argument(flag, action="store_true", help=shown)
     elif option.choices:
         parser.add_argument(flag, choices=option.choices, help=shown)
     else:
@@ -267,8 +282,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     contradicting = [name for name in _INVERSION if inverted and name in given]
     if contradicting:
         raise ValueError(f"{_flags(contradicting)}: the file of --inversion has its own; leave it out.")
-    needed = {"invert": ["out"], "edit": ["out", "prompt"], "mask": ["out", "region"]}[command]
-    if not inverted:
+    needed = {"invert": ["out"], "edit": ["out", "prompt"], "mask": ["out", "region"], "app": []}[command]
+    if not inverted and "image" in options:
         drawn = command == "mask" and parse_region("region", given.get("region", "word:any"))[0] != "word"
         needed += ["image"] if drawn else ["image", "source_prompt"]
     missing = [name for name in needed if name not in given]

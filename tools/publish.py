@@ -1,5 +1,6 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""What `mde-edit push` uploads: the pipeline's code and card and, on request, a model that brings this code with it."""
+"""What `mde-edit push` uploads: the pipeline's code and card and, on request, a model that brings this code with it; or
+a Space."""
 
 import json
 from pathlib import Path
@@ -39,9 +40,44 @@ def files_to_push(root: Path, model: Path | None = None) -> dict[str, bytes]:
     return dict(sorted(files.items()))
 
 
-def push(repo_id: str, files: dict[str, bytes], message: str, private: bool) -> str:
-    """Create the repository if there is none and put `files` into it as one commit; returns the commit's address."""
-    api = HfApi()
-    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+def files_of_space(root: Path) -> dict[str, bytes]:
+    """A Space that needs nothing but its requirements, {path: bytes}: the page, the package, the embedded model, the
+    examples.
+
+    Args:
+        root: a clone of this repository.
+
+    Raises:
+        ValueError: `root` is none.
+    """
+    examples = [path for path in root.glob("examples/*/*") if path.name in _EXAMPLE or path.stem in _masks(path.parent)]
+    sources = {f"mde_edit/{path.relative_to(root)}": path for path in [*root.glob("*.py"), *root.glob("tools/*.py")]}
+    sources |= {f"mde_edit/{path.relative_to(root)}": path for path in examples}
+    sources |= {path.name: path for path in (root / "space").glob("*.*")}
+    sources |= {str(path.relative_to(root)): path for path in root.glob("emoji_ldm/**/*") if path.is_file()}
+    sources["LICENSE"] = root / "LICENSE"
+    missing = [
+        name for name in ("app.py", "emoji_ldm/model_index.json", "mde_edit/mde_pipeline.py") if name not in sources
+    ]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not found below {root}: push a Space from a clone of the repository.")
+    return {name: path.read_bytes() for name, path in sorted(sources.items())}
+
+
+_EXAMPLE = ("edit.json", "image.png")
+
+
+def _masks(folder: Path) -> list[str]:
+    """The stems of an example's masks, which are named after their words."""
+    case = json.loads((folder / "edit.json").read_text())
+    return [Path(file).stem for role in ("object", "attribute") for file in case[role].values()]
+
+
+def push(repo_id: str, files: dict[str, bytes], message: str, private: bool, space: bool = False) -> str:
+    """Create the repository (of a model, or a gradio Space) if there is none and put `files` into it as one commit;
+    returns the commit's address."""
+    api, kind = HfApi(), {"repo_type": "space"} if space else {}
+    sdk = {"space_sdk": "gradio"} if space else {}
+    name = api.create_repo(repo_id, private=private, exist_ok=True, **kind, **sdk).repo_id
     operations = [CommitOperationAdd(path, data) for path, data in files.items()]
-    return api.create_commit(name, operations, commit_message=message).commit_url
+    return api.create_commit(name, operations, commit_message=message, **kind).commit_url

@@ -1,0 +1,202 @@
+"""What the page does, without the page: words proposed, pictures fitted, edits told step by step and repeated."""
+
+import inspect
+import pickle
+import runpy
+import shlex
+
+import numpy as np
+import PIL.Image
+import pytest
+from mde_edit import MDEEditPipeline
+from mde_edit.tools.options import OPTIONS, read_arguments
+from mde_edit.tools.studio import (
+    ATTRIBUTE,
+    OBJECT,
+    SETTING_NAMES,
+    Progress,
+    Studio,
+    as_command,
+    as_python,
+    check_settings,
+    edit_arguments,
+    mask_file,
+    write_regions,
+)
+
+from .conftest import SOURCE, TARGET, make_pipe
+
+
+NAMES = ("method", "steps", "guidance_scale", "negative_prompt", "seed", *SETTING_NAMES)
+USUAL = {name: OPTIONS["edit"][name].default for name in NAMES}
+QUICK = {**USUAL, "method": "direct", "steps": 4, "guidance_scale": 3.0, "optimization_iterations": 1}
+
+
+@pytest.fixture
+def studio(pipe):
+    return Studio(pipe, "model")
+
+
+@pytest.fixture
+def picture(studio, image):
+    return studio.fit(PIL.Image.fromarray(image))
+
+
+@pytest.fixture
+def regions(picture):
+    dog, red = np.zeros((2, picture.height, picture.width), bool)
+    dog[16:48, 16:48], red[8:24, 24:56] = True, True
+    return {(OBJECT, "dog"): dog, (ATTRIBUTE, "red"): red}
+
+
+@pytest.mark.parametrize(
+    "source, target, objects, attributes",
+    [
+        (SOURCE, TARGET, ["dog"], ["red"]),
+        ("a cat and a dog on grass", "a dog and a tiger on grass", ["dog", "tiger"], []),
+        ("an orange ball and a cat at the beach", "a blue ball and a panda at the beach", ["panda"], ["blue"]),
+        ("a cat", "a striped dog", ["dog"], ["striped"]),
+        ("a cat and a dog", "a tiger and a tiger", ["tiger:0", "tiger:1"], []),
+        ("a cat", "a cat", [], []),
+        ("a cat", "a cat wearing a big, old hat", ["hat"], ["old"]),  # a comma ends a phrase, so "big" is one, too
+    ],
+)
+def test_new_words_are_proposed(studio, source, target, objects, attributes):
+    proposed = studio.propose(source, target)
+    if "big" in target:
+        objects = ["big", *objects]
+    assert proposed == (objects, attributes)
+    for word in (*objects, *attributes):
+        studio.check_word(target, word)
+
+
+@pytest.mark.parametrize(
+    "source, target, word, expected",
+    [
+        (SOURCE, TARGET, "dog", "cat"),
+        (SOURCE, TARGET, "red", "straw hat"),
+        (SOURCE, TARGET, "red hat", "straw hat"),
+        ("a cat and a cat", "a cat and a dog", "dog", "cat:1"),
+        ("a cat", "a cat wearing a hat", "hat", None),
+        (SOURCE, TARGET, "zebra", None),
+    ],
+)
+def test_what_a_new_word_is_now_is_proposed(studio, source, target, word, expected):
+    assert studio.propose_source(source, target, word) == expected
+    if expected:
+        studio.check_word(source, expected)
+
+
+@pytest.mark.parametrize("size", [(96, 64), (64, 96), (50, 50), (3000, 1000), (33, 97)])
+def test_a_picture_is_edited_at_the_models_own_area(studio, size):
+    picture = studio.fit(PIL.Image.new("RGB", size))
+    factor, trained = studio.pipe.vae_scale_factor, studio.pipe.unet.config.sample_size
+    assert all(side % factor == 0 for side in picture.size)
+    assert picture.width * picture.height == pytest.approx((trained * factor) ** 2, rel=0.15)
+    assert picture.width / picture.height == pytest.approx(size[0] / size[1], rel=0.15)
+
+
+def test_what_is_transparent_is_white(studio):
+    assert np.asarray(studio.fit(PIL.Image.new("RGBA", (64, 64), (255, 0, 0, 0)))).min() == 255
+    with pytest.raises(ValueError, match="no picture yet"):
+        studio.fit(None)
+
+
+def test_an_edit_tells_how_far_it_is_and_equals_the_pipelines(studio, picture, regions):
+    inversion = studio.invert(picture, SOURCE, QUICK)
+    *told, output = studio.edit(inversion, TARGET, regions, QUICK, previews=3)
+    assert [(p.step, p.steps) for p in told] == [(1, 4), (2, 4), (3, 4)]
+    assert all(isinstance(p, Progress) and p.preview.size == picture.size for p in told)
+    again = studio.pipe(**edit_arguments(inversion, TARGET, regions, QUICK))
+    assert np.array_equal(output.images[0], again.images[0])
+
+
+def elsewhere(function):
+    """Stands for ZeroGPU's decorator: what goes in and comes out is pickled on its way to another process."""
+
+    def call(*arguments):
+        result = function(*pickle.loads(pickle.dumps(arguments)))
+        if inspect.isgenerator(result):
+            return (pickle.loads(pickle.dumps(part)) for part in result)
+        return pickle.loads(pickle.dumps(result))
+
+    return call
+
+
+def test_what_computes_can_do_so_in_another_process(pipe, picture, regions):
+    outcomes = []
+    for studio in (Studio(pipe, "model"), Studio(pipe, "model", on_accelerator=elsewhere)):
+        inversion = studio.invert(picture, SOURCE, QUICK)
+        found = studio.find(inversion, "cat")
+        *told, output = studio.edit(inversion, TARGET, regions, QUICK)
+        outcomes.append((found, *(p.preview for p in told), output.images[0]))
+    assert all(np.array_equal(one, other) for one, other in zip(*outcomes, strict=True))
+
+
+def test_an_edit_that_nobody_waits_for_ends(studio, picture, regions):
+    inversion = studio.invert(picture, SOURCE, QUICK)
+    steps = []
+    unet, record = studio.pipe.unet, lambda module, args, kwargs: steps.append(1)
+    hook = unet.register_forward_pre_hook(record, with_kwargs=True)
+    running = studio.edit(inversion, TARGET, regions, QUICK, previews=3)
+    next(running)
+    running.close()
+    stopped = len(steps)
+    list(studio.edit(inversion, TARGET, regions, QUICK, previews=3))
+    hook.remove()
+    assert stopped < 0.8 * (len(steps) - stopped)
+
+
+def test_what_the_pipeline_refuses_is_raised_where_it_is_waited_for(studio, picture, regions):
+    inversion = studio.invert(picture, SOURCE, QUICK)
+    with pytest.raises(ValueError, match="'zebra' is not in the prompt"):
+        list(studio.edit(inversion, TARGET, {(OBJECT, "zebra"): regions[OBJECT, "dog"]}, QUICK))
+    for wrong, message in (
+        ({(OBJECT, "zebra"): regions[OBJECT, "dog"]}, "'zebra' is not in the prompt"),
+        ({(OBJECT, "dog"): regions[OBJECT, "dog"] & False}, "is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            studio.check_edit(picture, TARGET, SOURCE, wrong, QUICK)
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"method": "null_text", "steps": 2, "seed": 3, "eta": 0.5, "max_update": None, "ccl_weight": 1.25}]
+)
+def test_the_script_and_the_command_say_the_same_edit(
+    studio, components, picture, regions, changed, tmp_path, monkeypatch
+):
+    settings = check_settings({**QUICK, **changed})
+    inversion = studio.invert(picture, SOURCE, settings)
+    *_, output = studio.edit(inversion, TARGET, regions, settings)
+    write_regions(tmp_path, regions)
+    picture.save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edit.py").write_text(as_python("model", SOURCE, TARGET, regions, settings))
+    monkeypatch.setattr(MDEEditPipeline, "from_pretrained", lambda model: make_pipe(components))
+    runpy.run_path("edit.py")
+    assert np.array_equal(PIL.Image.open("edited.png"), output.images[0])
+
+    command = shlex.split(as_command("model", SOURCE, TARGET, regions, settings).replace("\\\n", ""))
+    args = vars(read_arguments(command[1:]))
+    assert {name: args[name] for name in NAMES} == settings
+    assert args["object"] == {"dog": [mask_file(OBJECT, "dog")]}
+    assert args["attribute"] == {"red": [mask_file(ATTRIBUTE, "red")]}
+    assert (args["model"], args["source_prompt"], args["prompt"]) == ("model", SOURCE, TARGET)
+
+
+def test_settings_are_checked_by_the_command_lines_rules():
+    assert check_settings({"steps": 20.0, "negative_prompt": " ", "max_update": None, "seed": None}) == {
+        "steps": 20,
+        "negative_prompt": None,
+        "max_update": None,
+        "seed": None,
+    }
+    for name, value in (
+        ("steps", 0),
+        ("steps", None),
+        ("eta", 2),
+        ("ccl_form", "none"),
+        ("optimization_iterations", 1.5),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            check_settings({name: value})

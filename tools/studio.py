@@ -1,0 +1,338 @@
+# Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
+"""What the page of `mde-edit app` does, without the page: fit a picture, propose words, find, invert, edit, write down.
+
+A [`Studio`] holds the model and serves everybody; nothing of a user is kept in it.
+"""
+
+import queue
+import shlex
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..attention_processors import lock_of
+from ..denoise import Settings
+from ..inversion import Inversion
+from ..mde_pipeline import MDEEditPipeline, MDEEditPipelineOutput
+from ..prompts import find_token_indices, prompt_phrases
+from .cli import as_rgb
+from .options import OPTIONS, mask_key
+
+
+OBJECT, ATTRIBUTE = "object", "attribute"
+SETTING_NAMES = tuple(setting.name for setting in fields(Settings))
+# A word's region as the page draws it: (role, word) -> (height, width) bool.
+Regions = dict[tuple[str, str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an edit is, and what it looks like there."""
+
+    step: int
+    steps: int
+    preview: PIL.Image.Image
+
+
+class Stopped(Exception):
+    """Nobody waits for this edit any more."""
+
+
+class Studio:
+    """The model behind the page.
+
+    Args:
+        pipe: on its device.
+        model: its folder or Hub name, for the code that repeats an edit.
+        segmenter: a callable as [`load_segmenter`] makes it, for clicks.
+        on_accelerator: wraps what computes (`spaces.GPU`); what is wrapped takes and returns what can be pickled.
+    """
+
+    def __init__(
+        self,
+        pipe: MDEEditPipeline,
+        model: str,
+        segmenter: Callable | None = None,
+        on_accelerator: Callable[[Callable], Callable] = lambda function: function,
+    ):
+        self.pipe, self.model, self.segmenter = pipe, model, segmenter
+        self.invert = on_accelerator(self._invert)
+        self.find = on_accelerator(self._find)
+        self.edit = on_accelerator(self._edit)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Pictures and words
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def fit(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """The picture as it is inverted: upright, on white, of the area that the model was trained at.
+
+        Raises:
+            ValueError: no picture, or one that no proportion of sides fits.
+        """
+        if image is None:
+            raise ValueError("There is no picture yet: upload one, or take an example.")
+        picture = as_rgb(image)
+        factor, trained = self.pipe.vae_scale_factor, self.pipe.unet.config.sample_size
+        if trained is None:
+            return picture
+        height, width = trained if isinstance(trained, (list, tuple)) else (trained, trained)
+        scale = factor * (height * width / (picture.height * picture.width)) ** 0.5
+        size = [max(round(side * scale / factor), 1) * factor for side in picture.size]
+        return picture.resize(size, PIL.Image.Resampling.LANCZOS)
+
+    def words(self, prompt: str) -> list[str]:
+        """What can be named in a prompt, as the command line writes it: "dog", or "dog:1" for the second."""
+        words = [word for word, _ in self.pipe.tokens(prompt)]
+        return [_label(words, i, i + 1) for i in range(len(words)) if any(map(str.isalnum, words[i]))]
+
+    def check_word(self, prompt: str, word: str) -> None:
+        """Raise `ValueError` unless `word` names a word or phrase of `prompt`."""
+        pipe = self.pipe
+        with lock_of(pipe.tokenizer):
+            find_token_indices(pipe.tokenizer, pipe.spell_out(prompt), pipe.spell_out_key(mask_key(word)))
+
+    def propose(self, source_prompt: str, prompt: str) -> tuple[list[str], list[str]]:
+        """Which words of the target prompt are new: objects, and attributes (those that another word follows in their
+        phrase: "red" in "a red hat"). A proposal: grammar knows better."""
+        new, phrases = self._compare(source_prompt, prompt)[:2]
+        words = [word for word, _ in self.pipe.tokens(prompt)]
+        named: tuple[list[str], list[str]] = ([], [])
+        for first, last in phrases:
+            for i in range(first, last):
+                if i in new:
+                    named[i + 1 < last].append(_label(words, i, i + 1))
+        return named
+
+    def propose_source(self, source_prompt: str, prompt: str, word: str) -> str | None:
+        """What the source prompt calls the thing that `word` of the target is about."""
+        new, phrases, counterparts, source_phrases = self._compare(source_prompt, prompt)
+        places = {label: i for i, label in self._places(prompt)}
+        text = word if word in places else word.split()[-1] if word.strip() else ""
+        if text not in places:
+            return None
+        head = next((last - 1 for first, last in phrases if first <= places[text] < last), places[text])
+        there = counterparts.get(head)
+        source_words = [word for word, _ in self.pipe.tokens(source_prompt)]
+        for first, last in source_phrases:
+            if there is not None and first <= there < last:
+                return _label(source_words, first, last)
+        return None
+
+    def _places(self, prompt: str) -> list[tuple[int, str]]:
+        words = [word for word, _ in self.pipe.tokens(prompt)]
+        return [(i, _label(words, i, i + 1)) for i in range(len(words))]
+
+    def _compare(self, source_prompt: str, prompt: str):
+        """New words of the target (indices), its phrases (spans of words), the place of its words in the source, and
+        the source's phrases."""
+        source, target = ([word for word, _ in self.pipe.tokens(text)] for text in (source_prompt, prompt))
+        source_phrases, phrases = self._phrases(source_prompt), self._phrases(prompt)
+        content = {i for first, last in source_phrases for i in range(first, last)}
+        new: set[int] = set()
+        counterparts: dict[int, int] = {}
+        for kind, i0, i1, j0, j1 in SequenceMatcher(None, source, target, autojunk=False).get_opcodes():
+            if kind == "equal":
+                counterparts |= {j: i0 + j - j0 for j in range(j0, j1)}
+            else:
+                new |= set(range(j0, j1))
+                there = [i for i in range(i0, i1) if i in content]
+                counterparts |= {j: there[-1] for j in range(j0, j1) if there}
+        return new, phrases, counterparts, source_phrases
+
+    def _phrases(self, prompt: str) -> list[tuple[int, int]]:
+        """Spans of words, (first, past the last)."""
+        starts = {positions[0]: i for i, (_, positions) in enumerate(self.pipe.tokens(prompt))}
+        with lock_of(self.pipe.tokenizer):
+            phrases = prompt_phrases(self.pipe.tokenizer, self.pipe.spell_out(prompt))
+        spans = [[starts[token] for token in phrase if token in starts] for phrase in phrases]
+        return [(span[0], span[-1] + 1) for span in spans]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What computes
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _invert(self, picture: PIL.Image.Image, prompt: str, settings: dict[str, Any]) -> Inversion:
+        """settings: `method`, `steps`, `guidance_scale`, `negative_prompt`."""
+        return self.pipe.invert(
+            picture,
+            prompt,
+            num_inference_steps=settings["steps"],
+            method=settings["method"],
+            guidance_scale=settings["guidance_scale"],
+            negative_prompt=settings["negative_prompt"],
+        ).to("cpu")
+
+    def _find(self, inversion: Inversion, word: str) -> np.ndarray:
+        return self.pipe.generate_mask(inversion, mask_key(word))
+
+    def _edit(
+        self, inversion: Inversion, prompt: str, regions: Regions, settings: dict[str, Any], previews: int = 4
+    ) -> Iterator[Progress | MDEEditPipelineOutput]:
+        """An edit by `pipe(...)` that tells how far it is, `previews` times on its way; its output comes last. An edit
+        that is no longer iterated over ends at its next step."""
+        told: queue.SimpleQueue = queue.SimpleQueue()
+        steps, stop = inversion.num_inference_steps, threading.Event()
+        every = max(steps // (previews + 1), 1)
+
+        def callback(pipe, i, t, tensors):
+            if stop.is_set():
+                raise Stopped
+            if (i + 1) % every == 0 and i + 1 < steps:
+                told.put(Progress(i + 1, steps, pipe.decode(tensors["latents"][:1], "pil")[0][0]))
+            return tensors
+
+        def work():
+            try:
+                told.put(self.pipe(**edit_arguments(inversion, prompt, regions, settings, callback)))
+            except Stopped:
+                pass
+            except Exception as error:
+                told.put(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            while True:
+                message = told.get()
+                if isinstance(message, Exception):
+                    raise message
+                yield message
+                if not isinstance(message, Progress):
+                    return
+        finally:
+            stop.set()
+            thread.join()
+
+    def check_edit(self, picture: PIL.Image.Image, prompt: str, source_prompt: str, regions: Regions, settings) -> None:
+        """Raise `ValueError` for what an edit would refuse, before its picture is inverted."""
+        steps = {"num_inference_steps": settings["steps"], "guidance_scale": settings["guidance_scale"]}
+        pixels, size = self.pipe.check_picture(
+            picture, source_prompt, method=settings["method"], prompt_name="source_prompt", **steps
+        )
+        latent_size = tuple(side // self.pipe.vae_scale_factor for side in pixels.shape[-2:])
+        own = Settings(**{name: settings[name] for name in SETTING_NAMES})
+        masks = [[masks_of(regions, role)] for role in (OBJECT, ATTRIBUTE)]
+        self.pipe.check_edits([prompt], source_prompt, masks, size, latent_size, own, [None])
+
+
+def edit_arguments(inversion, prompt, regions: Regions, settings: dict[str, Any], callback=None) -> dict[str, Any]:
+    """The arguments of `pipe(...)` for an edit of the page."""
+    direct = inversion.method == "direct"  # the others' null embeddings hold for what they were made with
+    return {
+        "prompt": prompt,
+        "inversion": inversion,
+        "object_masks": masks_of(regions, OBJECT),
+        "attribute_masks": masks_of(regions, ATTRIBUTE),
+        "guidance_scale": None if inversion.method == "null_text" else settings["guidance_scale"],
+        "negative_prompt": settings["negative_prompt"] if direct else None,
+        "generator": None if settings["seed"] is None else torch.Generator().manual_seed(settings["seed"]),
+        "callback_on_step_end": callback,
+        "output_attention_maps": True,
+        **{name: settings[name] for name in SETTING_NAMES},
+    }
+
+
+def masks_of(regions: Regions, role: str) -> dict:
+    """{the pipeline's key of a word: its mask} of one role."""
+    return {mask_key(word): mask for (kind, word), mask in regions.items() if kind == role}
+
+
+def check_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the page by the command line's rules; raises `ValueError` that names the setting."""
+    options = OPTIONS["edit"]
+    checked = {}
+    for name, value in given.items():
+        text = options[name].kind is str and not options[name].choices
+        value = (value.strip() or None) if text and isinstance(value, str) else value
+        # what is None by default may stay so
+        same = value is None and options[name].default is None
+        checked[name] = value if same else options[name].check(name, value)
+    return checked
+
+
+def _label(words: Sequence[str], first: int, last: int) -> str:
+    """The words of a span as a mask's key names them: with their occurrence if they stand there several times."""
+    span = list(words[first:last])
+    starts = [i for i in range(len(words) - len(span) + 1) if list(words[i : i + len(span)]) == span]
+    text = " ".join(span)
+    return text if len(starts) == 1 else f"{text}:{starts.index(first)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This very edit elsewhere
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mask_file(role: str, word: str) -> str:
+    """The name under which a region is written; one per word whatever is in it."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in word)
+    return f"{role}_{name}.png"
+
+
+def as_python(model: str, source_prompt: str, prompt: str, regions: Regions, settings: dict[str, Any]) -> str:
+    """A script that makes this edit from the files that the page offers."""
+    inversion = {"num_inference_steps": settings["steps"], "method": settings["method"]}
+    inversion |= {"guidance_scale": settings["guidance_scale"]}
+    if settings["negative_prompt"] is not None:
+        inversion["negative_prompt"] = settings["negative_prompt"]
+    edit = _changed(settings, SETTING_NAMES)
+    lines = [
+        *(["import torch"] if settings["seed"] is not None else []),
+        "from diffusers.utils import load_image",
+        "from mde_edit import MDEEditPipeline",
+        "",
+        f"pipe = MDEEditPipeline.from_pretrained({model!r})",
+        f'inversion = pipe.invert(load_image("picture.png"), {source_prompt!r}, {_keywords(inversion)})',
+        "out = pipe(",
+        f"    {prompt!r},",
+        "    inversion=inversion,",
+    ]
+    for role in (OBJECT, ATTRIBUTE):
+        words = [word for kind, word in regions if kind == role]
+        if words:
+            masks = [f"{mask_key(word)!r}: load_image({mask_file(role, word)!r})" for word in words]
+            lines.append(f"    {role}_masks={{{', '.join(masks)}}},")
+    if settings["seed"] is not None:
+        lines.append(f"    generator=torch.Generator().manual_seed({settings['seed']}),")
+    lines += [f"    {name}={value!r}," for name, value in edit.items()]
+    return "\n".join([*lines, ")", 'out.images[0].save("edited.png")', ""])
+
+
+def as_command(model: str, source_prompt: str, prompt: str, regions: Regions, settings: dict[str, Any]) -> str:
+    """The same as a command line."""
+    words = ["mde-edit", "edit"]
+    flags = {"model": model, "image": "picture.png", "source_prompt": source_prompt, "prompt": prompt}
+    for name, value in flags.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    for role, word in regions:
+        words += [f"--{role}", f"{word}={mask_file(role, word)}"]
+    changed = _changed(settings, ("method", "steps", "guidance_scale", "negative_prompt", "seed", *SETTING_NAMES))
+    for name, value in changed.items():
+        words += [f"--{name.replace('_', '-')}", str(value).lower() if value is None else str(value)]
+    pairs = [shlex.join(words[i : i + 2]) for i in range(0, len(words), 2)]
+    return " \\\n  ".join([*pairs, "--out edit"])
+
+
+def _changed(settings: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: settings[name] for name in names if settings[name] != OPTIONS["edit"][name].default}
+
+
+def _keywords(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def write_regions(folder: Path, regions: Regions) -> list[Path]:
+    """Each region as a black and white PNG."""
+    files = []
+    for (role, word), mask in regions.items():
+        files.append(folder / mask_file(role, word))
+        PIL.Image.fromarray(mask.astype(np.uint8) * 255).save(files[-1])
+    return files
