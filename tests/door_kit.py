@@ -5,14 +5,13 @@ import inspect
 import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
+from . import fresh
 from .conftest import HEIGHT, SOURCE, TARGET, WIDTH
 
 
@@ -68,14 +67,7 @@ def run_script(script, home: Path, cwd: Path, hub=None, check=True, **env):
         "no_proxy": "127.0.0.1",
         "NO_PROXY": "127.0.0.1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(script)],
-        cwd=cwd,
-        env={**base, **env},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    status, stdout, stderr = fresh.run(PRELUDE + textwrap.dedent(script), cwd, {**base, **env}, timeout=240)
     if check:
-        assert done.returncode == 0, done.stderr[-4000:]
-    return dict(re.findall(r"^(\w+) (.+)$", done.stdout, flags=re.MULTILINE)), done.stderr
+        assert status == 0, stderr[-4000:]
+    return dict(re.findall(r"^(\w+) (.+)$", stdout, flags=re.MULTILINE)), stderr
