@@ -344,8 +344,28 @@ def gradient(loss: torch.Tensor, inputs: torch.Tensor, model_dtype: torch.dtype)
     return grad.float() / scale
 
 
+@contextmanager
+def lora_strength(model, scale: float):
+    """`model` with its active adapters (peft's) at `scale` times the strengths they have, which it has again on any
+    exit, to the bit: diffusers' own way divides them back, and forgets them at 0."""
+    layers = [m for m in model.modules() if hasattr(m, "scale_layer")] if scale != 1 else []
+    strengths = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale_layer(scale)
+        yield
+    finally:
+        for layer, strength in zip(layers, strengths):
+            layer.scaling.update(strength)
+
+
 def predict(
-    unet, latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, control: Record | Inject | None = None
+    unet,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    embeds: torch.Tensor,
+    control: Record | Inject | None = None,
+    lora_scale: float = 1.0,
 ) -> torch.Tensor:
     """One U-Net call in the U-Net's dtype on fp32 latents and embeddings; the prediction comes back in fp32.
 
@@ -353,13 +373,15 @@ def predict(
         latents: (batch, channels, h, w).
         embeds: (batch, tokens, dim).
         control: what the attention layers do in this call, inside [`attention_control`].
+        lora_scale: of the adapters in this call, times the strengths they have.
 
     Returns:
         (batch, channels, h, w) fp32: noise or velocity, whichever the model predicts.
     """
     # Weights stored in fp8 are in the compute dtype only while their layer runs, not when the backward pass needs them.
     small = torch.is_grad_enabled() and any(p.is_floating_point() and p.itemsize == 1 for p in unet.parameters())
-    with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack) if small else nullcontext():
+    saving = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack) if small else nullcontext()
+    with saving, lora_strength(unet, lora_scale):
         return unet(
             latents.to(unet.dtype),
             timestep,
@@ -385,6 +407,7 @@ def own_maps(
     embeds: torch.Tensor,
     control: Inject,
     layers: Sequence[AttentionLayer],
+    lora_scale: float = 1.0,
 ) -> torch.Tensor:
     """A* of `layers` (in execution order), before injection, by a pass that leaves the U-Net after the last of them.
 
@@ -395,7 +418,7 @@ def own_maps(
     names = frozenset(layer.name for layer in layers)
     control = replace(control, capture_layers=names, captured=captured, exit_after=layers[-1].name)
     try:
-        predict(unet, latents, timestep, embeds, control)
+        predict(unet, latents, timestep, embeds, control, lora_scale)
     except UNetExit:
         pass
     return stack_maps(captured, layers)

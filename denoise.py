@@ -22,7 +22,7 @@ from .attention_processors import (
     stack_maps,
 )
 from .checks import check_setting
-from .inversion import Inversion
+from .inversion import Inversion, guided_noise
 from .losses import aggregate_maps, color_consistency_loss, object_alignment_loss, spatial_ratio_loss, word_map
 from .prompts import TokenAlignment, WordKey
 
@@ -111,9 +111,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Run:
-    """What all steps and all target prompts of one call share, and which mechanism acts at which step.
+    """What all steps and all target prompts of one picture share, and which mechanism acts at which step.
 
     scheduler: a `DDIMScheduler`, timesteps set. inversion: on the U-Net's device. source_embeds: (1, tokens, dim).
+    guidance_rescale: see [`guided_noise`].
     layers: all of the U-Net's attention layers; loss_layers: those the losses read. capture_maps: whether [`Step.maps`]
     is asked for.
     """
@@ -127,6 +128,7 @@ class Run:
     layers: Sequence[AttentionLayer]
     loss_layers: Sequence[AttentionLayer]
     capture_maps: bool = False
+    guidance_rescale: float = 0.0
 
     def steps(self, share: float) -> int:
         """A share of the steps as their number."""
@@ -192,8 +194,15 @@ def record_source(run: Run, i: int, t: torch.Tensor, edits: Sequence[Edit]) -> R
         self_layers = [layer for layer in run.layers if not layer.is_cross and layer.pixels <= half]
     record = Record(*(frozenset(layer.name for layer in layers) for layers in (cross_layers, self_layers)))
     if cross_layers or self_layers:
-        predict(run.unet, run.inversion.source_latents(i), t, run.source_embeds, record)
+        latents = run.inversion.source_latents(i)
+        predict(run.unet, latents, t, run.source_embeds, record, run.inversion.lora_scale)
     return record
+
+
+def picture_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edits: Sequence[Edit]) -> list[Step]:
+    """One step of all target prompts of a picture; `latents` (edits, channels, h, w) fp32."""
+    source = record_source(run, i, t, edits)
+    return [edit_step(run, i, t, z, edit, source) for z, edit in zip(latents.split(1), edits)]
 
 
 def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Edit, source: Record) -> Step:
@@ -203,6 +212,7 @@ def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Ed
         latents: (1, channels, h, w) fp32, z*_t.
         source: what [`record_source`] recorded at this step.
     """
+    lora_scale = run.inversion.lora_scale
     aligned = align_maps(source.cross, edit.alignment)
     inject = Inject(aligned if run.injects_cross(i) else {}, edit.alignment.shared, source.self_qk)  # Eq. 3
 
@@ -215,10 +225,10 @@ def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Ed
         inject = replace(inject, capture_layers=frozenset(layer.name for layer in run.loss_layers))
     if run.guidance_scale > 1:  # classifier-free guidance
         embeds = torch.cat([run.null_embed(i, edit), edit.prompt_embeds])
-        null, cond = predict(run.unet, latents.repeat(2, 1, 1, 1), t, embeds, inject).chunk(2)
-        noise = null + run.guidance_scale * (cond - null)
+        pair = predict(run.unet, latents.repeat(2, 1, 1, 1), t, embeds, inject, lora_scale)
+        noise = guided_noise(*pair.chunk(2), run.guidance_scale, run.guidance_rescale)
     else:
-        noise = predict(run.unet, latents, t, edit.prompt_embeds, inject)
+        noise = predict(run.unet, latents, t, edit.prompt_embeds, inject, lora_scale)
     latents = run.scheduler.step(noise, t, latents, eta=run.settings.eta, generator=edit.generator).prev_sample
 
     if edit.mask is not None and run.blends(i):  # Eq. 8: outside M the picture is the source's
@@ -259,7 +269,8 @@ def guide_latents(
     for iteration in range(settings.optimization_iterations):
         with torch.enable_grad():
             latents = latents.detach().requires_grad_()
-            maps = own_maps(run.unet, latents, t, edit.prompt_embeds, inject, run.loss_layers)
+            lora_scale = run.inversion.lora_scale
+            maps = own_maps(run.unet, latents, t, edit.prompt_embeds, inject, run.loss_layers, lora_scale)
             losses = edit_losses(maps, shared_attention, edit, settings)
             grad = gradient(losses["loss"], latents, run.unet.dtype)
         if not (torch.isfinite(losses["loss"]) and torch.isfinite(grad).all()):

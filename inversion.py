@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -26,8 +27,23 @@ INVERSION_METHODS = ("null_text", "negative_prompt", "direct")
 FINGERPRINT_TOLERANCE = {"torch.float32": 5e-4, "torch.float16": 5e-3, "torch.bfloat16": 2e-2}
 
 
+# What a LoRA's strength can be multiplied by; a negative one takes its effect away.
+LORA_SCALES = (-100.0, 100.0)
+
+
+def guided_noise(
+    null: torch.Tensor, cond: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0
+) -> torch.Tensor:
+    """Classifier-free guidance, with the conditional prediction's spread as far as `guidance_rescale` says (arXiv
+    2305.08891, Eq. 15-16, as diffusers computes it). (batch, channels, h, w) all."""
+    noise = null + guidance_scale * (cond - null)
+    return rescale_noise_cfg(noise, cond, guidance_rescale) if guidance_rescale > 0 else noise
+
+
 @torch.no_grad()
-def ddim_invert(unet, inverse_scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, progress) -> torch.Tensor:
+def ddim_invert(
+    unet, inverse_scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, progress, lora_scale: float = 1.0
+) -> torch.Tensor:
     """DDIM inversion at guidance 1: one conditional pass per step.
 
     Args:
@@ -35,13 +51,14 @@ def ddim_invert(unet, inverse_scheduler, latents: torch.Tensor, prompt_embeds: t
         latents: (1, channels, h, w) fp32, z_0.
         prompt_embeds: (1, tokens, dim), the source prompt.
         progress: a tqdm bar, advanced by one per step.
+        lora_scale: see [`predict`].
 
     Returns:
         (steps + 1, channels, h, w) fp32: z_T first, z_0 last, the order in which sampling visits them.
     """
     trajectory = [latents]
     for t in inverse_scheduler.timesteps:
-        noise = predict(unet, latents, t, prompt_embeds)
+        noise = predict(unet, latents, t, prompt_embeds, lora_scale=lora_scale)
         latents = inverse_scheduler.step(noise, t, latents).prev_sample
         trajectory.append(latents)
         progress.update()
@@ -49,7 +66,9 @@ def ddim_invert(unet, inverse_scheduler, latents: torch.Tensor, prompt_embeds: t
 
 
 @torch.no_grad()
-def sample_source(unet, scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, progress) -> torch.Tensor:
+def sample_source(
+    unet, scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, progress, lora_scale: float = 1.0
+) -> torch.Tensor:
     """DDIM sampling at guidance 1: where the source prompt leads from z_T when it is its own negative prompt
     (negative-prompt inversion, arXiv 2305.16807, Eq. 6: the guidance term vanishes for the source).
 
@@ -58,7 +77,8 @@ def sample_source(unet, scheduler, latents: torch.Tensor, prompt_embeds: torch.T
     """
     trajectory = [latents]
     for t in scheduler.timesteps:
-        latents = scheduler.step(predict(unet, latents, t, prompt_embeds), t, latents).prev_sample
+        noise = predict(unet, latents, t, prompt_embeds, lora_scale=lora_scale)
+        latents = scheduler.step(noise, t, latents).prev_sample
         trajectory.append(latents)
         progress.update()
     return torch.cat(trajectory)
@@ -74,6 +94,8 @@ def optimize_null_embeds(
     num_inner_steps: int,
     early_stop_epsilon: float,
     progress,
+    guidance_rescale: float = 0.0,
+    lora_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Null-text optimization (arXiv 2212.09794, Algorithm 1): per step, the "empty prompt" under which guided sampling
     retraces the inversion.
@@ -87,6 +109,7 @@ def optimize_null_embeds(
         trajectory: (steps + 1, channels, h, w) fp32 from [`ddim_invert`].
         prompt_embeds, null_embeds: (1, tokens, dim), source prompt and empty prompt.
         early_stop_epsilon: threshold at the first step, on the latents' mean squared error.
+        guidance_rescale, lora_scale: see [`guided_noise`] and [`predict`].
 
     Returns:
         latents (steps + 1, channels, h, w) that guided sampling visits, null embeddings (steps, tokens, dim) fp32, and
@@ -97,18 +120,18 @@ def optimize_null_embeds(
     visited, nulls, inner_steps = [latents], [], []
 
     def cfg_step(null_prediction, cond_prediction, t):
-        noise = null_prediction + guidance_scale * (cond_prediction - null_prediction)
+        noise = guided_noise(null_prediction, cond_prediction, guidance_scale, guidance_rescale)
         return scheduler.step(noise, t, latents).prev_sample
 
     for i, t in enumerate(scheduler.timesteps):
         with torch.no_grad():
-            cond = predict(unet, latents, t, prompt_embeds)
+            cond = predict(unet, latents, t, prompt_embeds, lora_scale=lora_scale)
         null = null.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([null], lr=1e-2 * (1 - i / (2 * num_steps)))
         target, count = trajectory[i + 1 : i + 2], 0
         while count < num_inner_steps:
             with torch.enable_grad():
-                previous = cfg_step(predict(unet, latents, t, null), cond, t)
+                previous = cfg_step(predict(unet, latents, t, null, lora_scale=lora_scale), cond, t)
                 loss = F.mse_loss(previous, target)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
@@ -122,7 +145,7 @@ def optimize_null_embeds(
                 break
         null = null.detach()
         with torch.no_grad():
-            latents = cfg_step(predict(unet, latents, t, null), cond, t)
+            latents = cfg_step(predict(unet, latents, t, null, lora_scale=lora_scale), cond, t)
         visited.append(latents)
         nulls.append(null)
         inner_steps.append(count)
@@ -143,6 +166,8 @@ def invert_latents(
     num_inner_steps: int,
     early_stop_epsilon: float,
     progress,
+    guidance_rescale: float = 0.0,
+    lora_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The source branch z_T ... z_0 of a picture by one of `INVERSION_METHODS`, and the null embeddings to go with it.
 
@@ -150,8 +175,9 @@ def invert_latents(
         scheduler, inverse_scheduler: a `DDIMScheduler` and its `DDIMInverseScheduler`, timesteps set.
         latents: (1, channels, h, w) fp32, the picture's z_0.
         prompt_embeds, empty_embeds: (1, tokens, dim), source prompt and empty prompt.
-        method, guidance_scale, num_inner_steps, early_stop_epsilon: see [`MDEEditPipeline.invert`].
+        method, guidance_scale, num_inner_steps, early_stop_epsilon, guidance_rescale: see [`MDEEditPipeline.invert`].
         progress: a tqdm bar, advanced by one per step, and by one more where `method` samples the source branch.
+        lora_scale: see [`predict`].
 
     Returns:
         (steps + 1, channels, h, w) fp32, z_T first; (steps, tokens, dim) fp32, or (1, tokens, dim) if all are the same.
@@ -159,7 +185,7 @@ def invert_latents(
     Raises:
         FloatingPointError: the latents, or the optimization, left the finite numbers.
     """
-    trajectory = ddim_invert(unet, inverse_scheduler, latents, prompt_embeds, progress)
+    trajectory = ddim_invert(unet, inverse_scheduler, latents, prompt_embeds, progress, lora_scale)
     if not torch.isfinite(trajectory).all():
         raise FloatingPointError(
             f"DDIM inversion left the finite numbers with a U-Net in {unet.dtype}: load it in float32 or bfloat16."
@@ -175,9 +201,11 @@ def invert_latents(
             num_inner_steps,
             early_stop_epsilon,
             progress,
+            guidance_rescale,
+            lora_scale,
         )
     elif method == "negative_prompt":
-        trajectory = sample_source(unet, scheduler, trajectory[:1], prompt_embeds, progress)
+        trajectory = sample_source(unet, scheduler, trajectory[:1], prompt_embeds, progress, lora_scale)
         null_embeds = prompt_embeds.float()
     else:
         null_embeds = empty_embeds.float()
@@ -194,13 +222,14 @@ def probe_noise(channels: int, num_levels: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def model_fingerprint(unet, scheduler, prompt_embeds: torch.Tensor) -> torch.Tensor:
+def model_fingerprint(unet, scheduler, prompt_embeds: torch.Tensor, lora_scale: float = 1.0) -> torch.Tensor:
     """What the model predicts for [`probe_noise`] in the middle of the noise schedule: the same for weights that are
     fused, offloaded or held in another dtype, another with another LoRA, strength or text encoder. Inside
     [`attention_control`].
 
     Args:
         prompt_embeds: (1, tokens, dim), the source prompt.
+        lora_scale: see [`predict`].
 
     Returns:
         (1, channels, side, side) fp32, on the CPU.
@@ -212,9 +241,10 @@ def model_fingerprint(unet, scheduler, prompt_embeds: torch.Tensor) -> torch.Ten
     noise = probe_noise(unet.config.in_channels, len(unet.config.block_out_channels)).to(prompt_embeds.device)
     timestep = torch.tensor(scheduler.config.num_train_timesteps // 2, device=noise.device)
     everywhere = frozenset(unet.attn_processors)
-    own, record = predict(unet, noise, timestep, prompt_embeds), Record(everywhere, everywhere)
+    record = Record(everywhere, everywhere)
+    own = predict(unet, noise, timestep, prompt_embeds, lora_scale=lora_scale)
     with torch.enable_grad():
-        controlled = predict(unet, noise.requires_grad_(), timestep, prompt_embeds, record)
+        controlled = predict(unet, noise.requires_grad_(), timestep, prompt_embeds, record, lora_scale)
         spread = sum(maps.square().sum() for maps in record.cross.values())
     if not torch.isfinite(own).all():
         raise FloatingPointError(
@@ -258,6 +288,9 @@ class Inversion:
         negative_prompt: what the null embeddings are of ("direct") or started from ("null_text"); `None` if they were
             given as embeddings or, with "negative_prompt", are the source prompt's.
         prompt_embeds: (1, tokens, dim), the source prompt's embedding if the user made it; `None`: the text encoder's.
+        guidance_rescale: what guidance was rescaled by; null-text embeddings hold for it alone, too.
+        clip_skip: how many of the text encoder's last layers were not used; edits leave out as many.
+        lora_scale: what the adapters' strengths were multiplied by, here and in edits.
     """
 
     latents: torch.Tensor
@@ -273,6 +306,9 @@ class Inversion:
     image_size: tuple[int, int] | None = None
     negative_prompt: str | None = ""
     prompt_embeds: torch.Tensor | None = None
+    guidance_rescale: float = 0.0
+    clip_skip: int | None = None
+    lora_scale: float = 1.0
 
     def __post_init__(self):
         object.__setattr__(self, "_decoded", {})  # see `decoded`; not a field, so neither saved nor compared
@@ -369,6 +405,9 @@ class Inversion:
             raise ValueError("its fingerprint is of an older kind, or none")
         check_setting("method", self.method, str, choices=INVERSION_METHODS)
         check_setting("guidance_scale", self.guidance_scale, float, 1)
+        check_setting("guidance_rescale", self.guidance_rescale, float, 0, 1)
+        check_setting("clip_skip", self.clip_skip, int | None, 1)
+        check_setting("lora_scale", self.lora_scale, float, *LORA_SCALES)
         check_text("prompt", self.prompt)
         texts = (self.prediction_type, self.model_dtype, self.negative_prompt or "")
         if not all(isinstance(text, str) for text in texts):
@@ -409,6 +448,7 @@ def check_inversion_settings(
     num_train_timesteps: int,
     num_inner_steps: int = 10,
     early_stop_epsilon: float = 1e-5,
+    guidance_rescale: float = 0.0,
 ) -> None:
     """Raise `ValueError` for settings no inversion can be made with, saying which and what would do."""
     check_setting("method", method, str, choices=INVERSION_METHODS)
@@ -420,3 +460,4 @@ def check_inversion_settings(
         )
     check_setting("num_inner_steps", num_inner_steps, int, 1)
     check_setting("early_stop_epsilon", early_stop_epsilon, float, 0)
+    check_setting("guidance_rescale", guidance_rescale, float, 0, 1)

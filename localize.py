@@ -61,7 +61,8 @@ def source_attention(
     words, pixels, passes = 0, 0, sorted({min(round(share * steps), steps - 1) for share in LOOKED_AT})
     for i in passes:
         record = Record(frozenset(layer.name for layer in cross), frozenset(layer.name for layer in own))
-        predict(unet, inversion.source_latents(i), scheduler.timesteps[i], prompt_embeds, record)
+        latents = inversion.source_latents(i)
+        predict(unet, latents, scheduler.timesteps[i], prompt_embeds, record, inversion.lora_scale)
         for layer in cross:
             maps = record.cross[layer.name].mean(0).T.unflatten(-1, layer.size)  # (tokens, height, width)
             words = words + F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]

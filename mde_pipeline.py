@@ -6,10 +6,9 @@ is the API: check, prepare, loop, decode. The paper is in `denoise.py` (a step, 
 `attention_processors.py` (attention control) and `inversion.py`.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from .attention_processors import (
     select_loss_layers,
 )
 from .bundle import CarriesItsCode
-from .checks import check_setting, check_text
-from .denoise import PRESETS, Edit, Region, Run, Settings, edit_step, record_source
+from .checks import check_setting
+from .denoise import PRESETS, Edit, Region, Run, Settings, picture_step
 from .inversion import (
     INVERSION_METHODS,
     Inversion,
@@ -43,27 +42,17 @@ from .inversion import (
 from .localize import source_attention, word_region
 from .losses import object_alignment_loss  # noqa: F401  diffusers copies a plug-in's direct imports only: import all
 from .masks import Masks, as_binary_mask, binarize_mask, edit_mask, resize_mask, source_words, with_regions
-from .pictures import on_white, read_pixels
-from .prompts import (
-    WordKey,
-    align_tokens,
-    check_prompt_length,
-    find_token_indices,
-    prompt_phrases,
-    prompt_words,
-)
+from .pictures import as_pictures, on_white, read_pixels
+from .prompts import WordKey, align_tokens, find_token_indices, prompt_phrases
+from .texts import ReadsPrompts
 
 
 logger = logging.get_logger(__name__)
 
 # Arguments of `StableDiffusionPipeline.__call__` that mean nothing here: why, and what to do instead.
 REFUSED = {
-    "clip_skip": "the inversion needs the same text encoder: load it with so many layers less, as in"
-    " `CLIPTextModel.from_pretrained(model, subfolder='text_encoder', num_hidden_layers=12 - clip_skip)`",
-    "guidance_rescale": "the inversion retraces the picture without it: lower `guidance_scale`, or invert with less",
     "ip_adapter_image": "image prompts have no words whose attention could be steered",
     "ip_adapter_image_embeds": "image prompts have no words whose attention could be steered",
-    "cross_attention_kwargs": "it carries this pipeline's own control; for a LoRA's strength use `pipe.set_adapters`",
     "latents": "every edit starts where the inversion ended",
     "timesteps": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
     "sigmas": "an edit takes the inversion's: pass `num_inference_steps` to `pipe.invert`",
@@ -78,7 +67,7 @@ class MDEEditPipelineOutput(BaseOutput):
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             One edited picture per target prompt, in the form `output_type` asked for ("latent": the final latents).
         source_images (same form):
-            The reconstruction branch's picture (one): what the edit would be without an edit.
+            The reconstruction branch's picture, one per picture: what the edit would be without an edit.
         nsfw_content_detected (`list[bool]`, *optional*):
             The safety checker's verdict per edited picture; `None` without one.
         attention_maps (`list[dict]`, *optional*):
@@ -96,7 +85,28 @@ class MDEEditPipelineOutput(BaseOutput):
     losses: list[list[dict[str, float]]]
 
 
-class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
+@dataclass(frozen=True)
+class Source:
+    """What the edits of one picture start from, checked: an inversion, or what [`~MDEEditPipeline.invert_pixels`] is
+    told of a picture.
+
+    prompt: the source prompt. image_size: (height, width) of the picture, where it is known. latent_size: (h, w).
+    guidance_scale, guidance_rescale: of the edits. reading: how prompts are embedded, see [`~MDEEditPipeline.embed`].
+    inversion: or None. told: the arguments of `invert_pixels`, without an inversion.
+    """
+
+    prompt: str
+    image_size: tuple[int, int] | None
+    latent_size: tuple[int, int]
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    reading: dict[str, Any]
+    inversion: Inversion | None = None
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+class MDEEditPipeline(CarriesItsCode, ReadsPrompts, StableDiffusionPipeline):
     r"""
     Training-free, mask-guided editing of several objects of a real picture with Stable Diffusion 1.x/2.x models.
 
@@ -116,28 +126,6 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
     # -----------------------------------------------------------------------------------------------------------------
     # Check and prepare
     # -----------------------------------------------------------------------------------------------------------------
-
-    def tokens(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
-        """The words of `prompt` and their token positions: what a mask's key can name.
-
-        >>> pipe.tokens("a dog wearing a red hat")
-        [('a', (1,)), ('dog', (2,)), ('wearing', (3,)), ('a', (4,)), ('red', (5,)), ('hat', (6,))]
-        """
-        with lock_of(self.tokenizer):
-            return prompt_words(self.tokenizer, self.spell_out(prompt))
-
-    def spell_out(self, text: str) -> str:
-        """`text` as the text encoder gets it: a textual-inversion token of several vectors stands for all of them."""
-        if re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{text!r} does not name a word: it holds half a character (a lone surrogate).")
-        with lock_of(self.tokenizer):
-            return self.maybe_convert_prompt(text, self.tokenizer)
-
-    def spell_out_key(self, key: WordKey) -> WordKey:
-        """A mask's key with its text, if it has one, spelled out."""
-        if isinstance(key, tuple) and key and isinstance(key[0], str):
-            return (self.spell_out(key[0]), *key[1:])
-        return self.spell_out(key) if isinstance(key, str) else key
 
     @staticmethod
     def load_inversion(path) -> Inversion:
@@ -195,23 +183,21 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         """
         return self.fit_image(self.read_image(image), height, width)
 
-    def read_image(self, image: PipelineImageInput) -> torch.Tensor:
+    def read_image(self, image: PipelineImageInput, name: str = "`image`") -> torch.Tensor:
         """One picture in its own size, upright and on white: (height, width, 3) fp32 in [0, 1]."""
         if isinstance(image, (list, tuple)):
             if len(image) != 1:
-                raise ValueError(f"`image` is a list of {len(image)}: invert one picture at a time.")
+                raise ValueError(f"{name} is a list of {len(image)}: invert one picture at a time.")
             image = image[0]
-        pixels = on_white(read_pixels(image, "`image`", signed=True))
+        pixels = on_white(read_pixels(image, name, signed=True))
         if isinstance(image, PIL.Image.Image):
             pixels = pixels.expand(*pixels.shape[:2], 3)
         elif image.ndim == 2:
             raise ValueError(
-                f"`image` has shape {tuple(image.shape)}: pass one picture, (H, W, 3) numpy or (3, H, W) torch."
+                f"{name} has shape {tuple(image.shape)}: pass one picture, (H, W, 3) numpy or (3, H, W) torch."
             )
         if pixels.shape[-1] != self.vae.config.in_channels:
-            raise ValueError(
-                f"`image` has {pixels.shape[-1]} channels and the VAE reads {self.vae.config.in_channels}."
-            )
+            raise ValueError(f"{name} has {pixels.shape[-1]} channels and the VAE reads {self.vae.config.in_channels}.")
         return pixels
 
     def fit_image(self, pixels: torch.Tensor, height: int | None, width: int | None) -> torch.Tensor:
@@ -233,12 +219,6 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         # In PIL's eight bits, whatever the picture came as: the processor resizes tensors without smoothing.
         picture = PIL.Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())
         return self.image_processor.preprocess(picture, *sizes)
-
-    def check_prompt(self, prompt: str, name: str) -> None:
-        """Raise `ValueError`, naming the argument, for a prompt that is empty, no text, or longer than is read."""
-        check_text(name, prompt)
-        with lock_of(self.tokenizer):
-            check_prompt_length(self.tokenizer, self.spell_out(prompt))
 
     def check_model(self) -> None:
         """Raise `ValueError` for a model, or an add-on to it, that does not take the passes of this method."""
@@ -265,45 +245,6 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 " Use a text-to-image model of Stable Diffusion 1.x or 2.x."
             )
 
-    def embed(self, prompt: str) -> torch.Tensor:
-        """(1, tokens, dim), the text encoder's reading of `prompt`."""
-        with lock_of(self.tokenizer):
-            return self.encode_prompt(prompt, self._execution_device, 1, do_classifier_free_guidance=False)[0]
-
-    def source_embeds(self, inversion: Inversion) -> torch.Tensor:
-        """(1, tokens, dim), the source prompt as the inversion was made with it."""
-        (own,) = self.check_embeds("inversion.prompt_embeds", inversion.prompt_embeds) or [None]
-        return self.embed(inversion.prompt) if own is None else own
-
-    def check_embeds(self, name: str, embeds, count: int = 1) -> list[torch.Tensor] | None:
-        """One embedding per prompt, (1, tokens, dim) each; raises `ValueError`, naming the argument, for another shape
-        than the text encoder's."""
-        if embeds is None:
-            return None
-        shape = self.embed("").shape[1:]
-        right = isinstance(embeds, torch.Tensor) and embeds.is_floating_point() and embeds.shape[1:] == shape
-        if not right or len(embeds) not in (1, count) or not torch.isfinite(embeds).all():
-            found = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-            raise ValueError(
-                f"`{name}` is {found}: pass finite numbers of shape {(count, *shape)}, as `pipe.encode_prompt` makes"
-                " them, and the prompt they are of beside them."
-            )
-        embeds = embeds.detach().to(self._execution_device)
-        return list(embeds.expand(count, *shape).split(1))
-
-    def check_negative(self, negative_prompt, negative_prompt_embeds, count: int = 1) -> list[torch.Tensor] | None:
-        """Embeddings of what is not wanted, one per prompt, (1, tokens, dim) each; `None` if nothing was said."""
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("Pass `negative_prompt` or `negative_prompt_embeds`, not both.")
-        if negative_prompt is None:
-            return self.check_embeds("negative_prompt_embeds", negative_prompt_embeds, count)
-        texts = list(negative_prompt) if isinstance(negative_prompt, (list, tuple)) else [negative_prompt] * count
-        if len(texts) != count or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"`negative_prompt` is {negative_prompt!r}: pass a text, or one per prompt ({count}).")
-        for text in filter(str.strip, texts):
-            self.check_prompt(text, "negative_prompt")
-        return [self.embed(text) for text in texts]
-
     def prepare_edit(
         self,
         prompt: str,
@@ -314,12 +255,14 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         latent_size: tuple[int, int],
         loss_size: tuple[int, int],
         mask_dilation: int | None,
+        **reading: Any,
     ) -> Edit:
         """Words to token positions, masks to every resolution, prompts to an alignment and an embedding.
 
         Args:
             mask_sizes: (height, width), each up to a factor, whose proportions a mask may have.
             latent_size, loss_size: (h, w) of the latents and of the level the losses read.
+            reading: how the prompt is embedded, see [`~MDEEditPipeline.embed`].
 
         Raises:
             ValueError: a prompt, word or mask that cannot be used; names it.
@@ -348,7 +291,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         edited = sorted({i for region in (*objects, *attributes) for i in region.token_indices})
         with lock_of(self.tokenizer):
             alignment = align_tokens(self.tokenizer, source_text, text).without(edited).to(device)
-        return Edit(self.embed(prompt), alignment, objects, attributes, mask)
+        return Edit(self.embed(prompt, **reading), alignment, objects, attributes, mask)
 
     def prepare_edits(
         self,
@@ -359,12 +302,14 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         latent_size: tuple[int, int],
         settings: Settings,
         generators: Sequence[torch.Generator | None],
+        **reading: Any,
     ) -> tuple[list[AttentionLayer], list[AttentionLayer], list[Edit]]:
         """All target prompts by [`~MDEEditPipeline.prepare_edit`].
 
         Args:
             masks: object masks and attribute masks, each one dict per prompt.
             image_size: (height, width) of the picture that masks are drawn on, where it is known.
+            reading: how the prompts are embedded, see [`~MDEEditPipeline.embed`].
 
         Returns:
             the U-Net's attention layers, those that the losses read, and an edit per prompt.
@@ -375,11 +320,12 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         sizes = (mask_sizes, latent_size, loss_layers[0].size)
         edits = []
         for prompt, objects, attributes, generator in zip(prompts, *masks, generators):
-            edit = self.prepare_edit(prompt, source_prompt, objects, attributes, *sizes, settings.mask_dilation)
+            share = (objects, attributes, *sizes, settings.mask_dilation)
+            edit = self.prepare_edit(prompt, source_prompt, *share, **reading)
             edits.append(replace(edit, generator=generator))
         return layers, loss_layers, edits
 
-    def check_edits(self, prompts, source_prompt, masks, image_size, latent_size, settings, generators):
+    def check_edits(self, prompts, source_prompt, masks, image_size, latent_size, settings, generators, **reading):
         """What [`~MDEEditPipeline.prepare_edits`] prepares, as far as it can be before an inversion.
 
         Returns:
@@ -390,7 +336,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         for word, name in words.items():
             self.check_source_word(source_prompt, word, name)
         masks = with_regions(masks, dict.fromkeys(words, np.ones(image_size or latent_size, bool)))
-        return words, self.prepare_edits(prompts, source_prompt, masks, image_size, latent_size, settings, generators)
+        rest = (image_size, latent_size, settings, generators)
+        return words, self.prepare_edits(prompts, source_prompt, masks, *rest, **reading)
 
     def check_inputs(self, guidance_scale, output_type, callback, callback_on_step_end_tensor_inputs, refused) -> None:
         """Raise for an argument of `__call__` that is not one of its [`Settings`] and cannot be used, naming it."""
@@ -432,6 +379,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         negative_prompt: str | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        guidance_rescale: float = 0.0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
     ) -> Inversion:
         r"""
         Invert a real picture, once, for any number of edits.
@@ -466,6 +416,13 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 `prompt` is needed beside it.
             negative_prompt_embeds (`torch.Tensor`, *optional*):
                 (1, tokens, dim), instead of `negative_prompt`.
+            guidance_rescale (`float`, defaults to 0.0):
+                That of the edits to come, see there. Null-text embeddings hold for this one only.
+            cross_attention_kwargs (`dict`, *optional*):
+                `{"scale": s}`: LoRAs at `s` times their strength, here and in the edits to come.
+            clip_skip (`int`, *optional*):
+                How many of the text encoder's last layers to leave out, here and in the edits to come. As in diffusers,
+                negative prompts are read by all layers.
 
         Returns:
             [`Inversion`]
@@ -475,12 +432,21 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             FloatingPointError: the optimization or the inversion left the finite numbers.
         """
         arguments = (prompt, num_inference_steps, method, guidance_scale, num_inner_steps, early_stop_epsilon)
-        picture = self.check_picture(image, *arguments, height, width)
-        embeds = self.check_source_embeds(method, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        return self.invert_pixels(*picture, *arguments, **embeds)
+        rescale = {"guidance_rescale": guidance_rescale}
+        picture = self.check_picture(image, *arguments, height, width, **rescale)
+        reading = self.check_reading(clip_skip, cross_attention_kwargs)
+        embeds = (method, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        told = self.check_source_embeds(*embeds, lora_scale=reading["lora_scale"])
+        return self.invert_pixels(*picture, *arguments, **told, **rescale, **reading)
 
     def check_source_embeds(
-        self, method: str, negative_prompt, prompt_embeds, negative_prompt_embeds, name: str = "prompt_embeds"
+        self,
+        method: str,
+        negative_prompt,
+        prompt_embeds,
+        negative_prompt_embeds,
+        name: str = "prompt_embeds",
+        lora_scale: float = 1.0,
     ) -> dict[str, Any]:
         """What [`~MDEEditPipeline.invert_pixels`] is told of prompts beside the source's words; `name` is that of its
         embedding in an error."""
@@ -491,7 +457,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             )
         if isinstance(negative_prompt, (list, tuple)):
             raise ValueError(f"`negative_prompt` is {negative_prompt!r}: an inversion has one, a text.")
-        negative = self.check_negative(negative_prompt, negative_prompt_embeds)
+        negative = self.check_negative(negative_prompt, negative_prompt_embeds, lora_scale=lora_scale)
         own = self.check_embeds(name, prompt_embeds)
         return {
             "negative_prompt": "" if negative is None else negative_prompt,
@@ -511,6 +477,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         prompt_name: str = "prompt",
+        image_name: str = "`image`",
+        guidance_rescale: float = 0.0,
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         """All that [`~MDEEditPipeline.invert`] checks.
 
@@ -526,9 +494,10 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             self.scheduler.config.num_train_timesteps,
             num_inner_steps,
             early_stop_epsilon,
+            guidance_rescale,
         )
         self.ddim_scheduler(int(num_inference_steps))
-        picture = self.read_image(image)
+        picture = self.read_image(image, image_name)
         pixels = self.fit_image(picture, height, width)
         sample_size = self.unet.config.sample_size  # a number, (height, width), or not stated
         if isinstance(sample_size, int) and (pixels.numel() // 3) > 2 * (sample_size * self.vae_scale_factor) ** 2:
@@ -552,6 +521,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         negative_prompt: str | None = "",
         empty_embeds: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        lora_scale: float = 1.0,
     ) -> Inversion:
         """[`~MDEEditPipeline.invert`] after its checks, from what [`~MDEEditPipeline.check_picture`] and
         [`~MDEEditPipeline.check_source_embeds`] give."""
@@ -559,10 +531,10 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         scheduler = self.ddim_scheduler(num_inference_steps)
         passes = num_inference_steps * (1 if method == "direct" else 2)
         latents, own_embeds = self.encode(pixels), prompt_embeds
-        prompt_embeds = self.embed(prompt) if own_embeds is None else own_embeds
-        empty_embeds = self.embed("") if empty_embeds is None else empty_embeds
+        prompt_embeds = self.embed(prompt, clip_skip, lora_scale) if own_embeds is None else own_embeds
+        empty_embeds = self.embed("", lora_scale=lora_scale) if empty_embeds is None else empty_embeds
         with attention_control(self.unet), self.progress_bar(total=passes) as progress:
-            fingerprint = model_fingerprint(self.unet, scheduler, prompt_embeds)
+            fingerprint = model_fingerprint(self.unet, scheduler, prompt_embeds, lora_scale)
             trajectory, null_embeds = invert_latents(
                 self.unet,
                 scheduler,
@@ -575,6 +547,8 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                 num_inner_steps,
                 early_stop_epsilon,
                 progress,
+                guidance_rescale,
+                lora_scale,
             )
         self.maybe_free_model_hooks()
         return Inversion(
@@ -591,6 +565,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             image_size=image_size,
             negative_prompt=None if method == "negative_prompt" else negative_prompt,
             prompt_embeds=own_embeds,
+            guidance_rescale=float(guidance_rescale),
+            clip_skip=clip_skip,
+            lora_scale=lora_scale,
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -627,15 +604,6 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         self.maybe_free_model_hooks()
         return region
 
-    def check_source_word(self, source_prompt: str, word: WordKey, name: str) -> tuple[int, ...]:
-        """Its token positions in the source prompt; raises `ValueError` that says `name`."""
-        try:
-            with lock_of(self.tokenizer):
-                return find_token_indices(self.tokenizer, self.spell_out(source_prompt), self.spell_out_key(word))
-        except ValueError as error:
-            hint = " A mask's file has to be opened: `PIL.Image.open(...)`." if "." in str(word) else ""
-            raise ValueError(f"{name} names no word of the source prompt: {error}{hint}") from error
-
     def find_regions(self, inversion: Inversion, words: dict[WordKey, str]) -> dict[WordKey, np.ndarray]:
         """The regions of several words, (height, width) bool each.
 
@@ -664,44 +632,72 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
     # Edit
     # -----------------------------------------------------------------------------------------------------------------
 
-    def check_source(
+    def check_sources(
         self,
         inversion: Inversion | None,
         image: PipelineImageInput | None,
-        source_prompt: str | None,
+        source_prompt: str | Sequence[str] | None,
         num_inference_steps: int | None,
         inversion_method: str,
-        guidance_scale: float | None,
-        height: int | None,
-        width: int | None,
-    ) -> tuple[tuple[torch.Tensor, tuple[int, int]] | None, str, int, float]:
-        """What `__call__` starts from, an inversion or a picture to invert.
+        guidance: dict[str, float | None],
+        size: dict[str, int | None],
+        clip_skip: int | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+    ) -> list[Source]:
+        """What `__call__` starts from, one per picture: an inversion, or pictures to invert.
 
-        Returns:
-            what [`~MDEEditPipeline.check_picture`] gives of the picture (`None` with an inversion), the source prompt,
-            the number of steps and the guidance scale.
+        Args:
+            guidance: "guidance_scale" and "guidance_rescale". size: "height" and "width".
 
         Raises:
             ValueError: both are given or neither, or what is given with them contradicts them.
         """
         check_setting("inversion_method", inversion_method, str, choices=INVERSION_METHODS)
+        check_setting("guidance_rescale", guidance["guidance_rescale"], float | None, 0, 1)
         if inversion is not None:
             self.check_inversion(inversion)
         if (inversion is None) == (image is None):
             raise ValueError("Pass either `inversion` (from `pipe.invert`) or `image` with `source_prompt`, not both.")
-        if inversion is None:
-            if source_prompt is None:
-                raise ValueError("`image` needs `source_prompt`: what the picture shows now, in words.")
-            steps = 50 if num_inference_steps is None else num_inference_steps
-            scale = 7.5 if guidance_scale is None else guidance_scale
-            arguments = (source_prompt, steps, inversion_method, scale)
-            size = {"height": height, "width": width}
-            picture = self.check_picture(image, *arguments, **size, prompt_name="source_prompt")
-            return picture, source_prompt, int(steps), float(scale)
+        reading = self.check_reading(clip_skip, cross_attention_kwargs, inversion)
+        if inversion is not None:
+            if source_prompt is not None:
+                raise ValueError("`source_prompt` goes with `image`; an inversion knows its own prompt.")
+            return [self.check_given(inversion, num_inference_steps, guidance, size, reading)]
+        if source_prompt is None:
+            raise ValueError("`image` needs `source_prompt`: what the picture shows now, in words.")
+        pictures = as_pictures(image)
+        texts = source_prompt if isinstance(source_prompt, (list, tuple)) else [source_prompt] * len(pictures)
+        if not pictures or len(texts) != len(pictures):
+            raise ValueError(
+                f"`image` holds {len(pictures)} pictures and `source_prompt` {len(texts)} prompts: pass one prompt per"
+                " picture, or one for all."
+            )
+        steps = 50 if num_inference_steps is None else num_inference_steps
+        defaults = {"guidance_scale": 7.5, "guidance_rescale": 0.0}
+        guidance = {name: defaults[name] if value is None else value for name, value in guidance.items()}
+        scale, rescale = guidance.values()
+        sources = []
+        for k, (picture, text) in enumerate(zip(pictures, texts)):
+            place = f"[{k}]" if len(pictures) > 1 else ""
+            names = {"prompt_name": f"source_prompt{place}", "image_name": f"`image{place}`"}
+            pixels, image_size = self.check_picture(picture, text, steps, inversion_method, scale, **size, **names)
+            told = {"pixels": pixels, "image_size": image_size, "prompt": text, "num_inference_steps": int(steps)}
+            told |= {"method": inversion_method, **guidance, **reading}
+            latent_size = tuple(side // self.vae_scale_factor for side in pixels.shape[-2:])
+            settings = (text, image_size, latent_size, int(steps), float(scale), float(rescale), reading)
+            sources.append(Source(*settings, told=told))
+        sizes = [source.told["pixels"].shape[-2:] for source in sources]
+        if len(set(sizes)) > 1:
+            shown = ", ".join(f"{w}x{h}" for h, w in sizes)
+            raise ValueError(
+                f"`image` holds pictures of different sizes ({shown}, width x height): pass `height` and `width`."
+            )
+        return sources
+
+    def check_given(self, inversion: Inversion, num_inference_steps, guidance, size, reading) -> Source:
+        """An inversion as the source of edits; raises `ValueError` for what is given with it and contradicts it."""
         self.check_model()
-        if source_prompt is not None:
-            raise ValueError("`source_prompt` goes with `image`; an inversion knows its own prompt.")
-        for name, wanted, latent in zip(("height", "width"), (height, width), inversion.latents.shape[-2:]):
+        for (name, wanted), latent in zip(size.items(), inversion.latents.shape[-2:]):
             own = latent * self.vae_scale_factor
             if check_setting(name, wanted, int | None, 1) not in (None, own):
                 raise ValueError(
@@ -709,15 +705,20 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                     " `pipe.invert`."
                 )
         steps = inversion.num_inference_steps
-        scale = inversion.guidance_scale if guidance_scale is None else guidance_scale
         if check_setting("num_inference_steps", num_inference_steps, int | None, 1) not in (None, steps):
             raise ValueError(f"`num_inference_steps` is {num_inference_steps} and the inversion was made with {steps}.")
-        if inversion.method == "null_text" and scale != inversion.guidance_scale:
-            raise ValueError(
-                f"`guidance_scale` is {scale} and the null-text inversion was made for {inversion.guidance_scale}:"
-                " leave it out, or invert again with this scale."
-            )
-        return None, inversion.prompt, steps, scale
+        chosen = []
+        for name, wanted in guidance.items():
+            own = getattr(inversion, name)
+            if inversion.method == "null_text" and wanted not in (None, own):
+                raise ValueError(
+                    f"`{name}` is {wanted} and the null-text inversion was made for {own}: leave it out, or invert"
+                    " again with this one."
+                )
+            chosen.append(float(own if wanted is None else wanted))
+        latent_size = tuple(inversion.latents.shape[-2:])
+        settings = (inversion.prompt, inversion.image_size, latent_size, steps, *chosen, reading)
+        return Source(*settings, inversion=inversion)
 
     def check_inversion(self, inversion: Inversion) -> None:
         """Raise `ValueError` unless `inversion` is one, and whole."""
@@ -737,28 +738,32 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         inversion.check_schedule(scheduler)
         embeds = self.source_embeds(inversion)
         with attention_control(self.unet):
-            inversion.check_model(model_fingerprint(self.unet, scheduler, embeds), str(self.unet.dtype))
+            fingerprint = model_fingerprint(self.unet, scheduler, embeds, inversion.lora_scale)
+        inversion.check_model(fingerprint, str(self.unet.dtype))
 
     def check_null_embeds(
-        self,
-        inversion: Inversion | None,
-        method: str,
-        negative_prompt,
-        negative_prompt_embeds,
-        source_prompt_embeds,
-        count: int,
-    ) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
-        """What an edit's unconditional rows read: embeddings per prompt, or `None` for the inversion's; and, without an
-        inversion, what [`~MDEEditPipeline.invert_pixels`] is told for its own."""
-        nulls = self.check_negative(negative_prompt, negative_prompt_embeds, count)
+        self, sources: list[Source], negative_prompt, negative_prompt_embeds, source_prompt_embeds, count: int
+    ) -> tuple[list[torch.Tensor | None], list[Source]]:
+        """What the unconditional rows of `count` edits read: embeddings per prompt, or `None` for the inversion's; and
+        the sources with what those inversions that are still to be made are told of prompts."""
+        inversion, lora_scale = sources[0].inversion, sources[0].reading["lora_scale"]
+        nulls = self.check_negative(negative_prompt, negative_prompt_embeds, count, lora_scale)
         if inversion is not None and source_prompt_embeds is not None:
             raise ValueError("`source_prompt_embeds` goes with `image`; an inversion has its own.")
-        optimized = (method if inversion is None else inversion.method) != "direct"
-        beside = (negative_prompt, source_prompt_embeds, negative_prompt_embeds)
+        optimized = (sources[0].told["method"] if inversion is None else inversion.method) != "direct"
         if inversion is None:
-            # an edit of a "direct" inversion brings its own, one per prompt if it likes
-            beside = beside if optimized else (None, source_prompt_embeds, None)
-            told = self.check_source_embeds(method, *beside, "source_prompt_embeds")
+            own = self.check_embeds("source_prompt_embeds", source_prompt_embeds, len(sources))
+            told = []
+            for k, source in enumerate(sources):
+                negative = (negative_prompt, negative_prompt_embeds)
+                if not optimized:  # an edit of a "direct" inversion brings its own, one per prompt if it likes
+                    negative = (None, None)
+                elif len(sources) > 1:
+                    negative = (item_of(value, k) for value in negative)
+                text, embeds = negative
+                beside = (source.told["method"], text, own and own[k], embeds, "source_prompt_embeds", lora_scale)
+                told.append(replace(source, told={**source.told, **self.check_source_embeds(*beside)}))
+            sources = told
         elif optimized and nulls is not None:
             texts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt]
             if inversion.negative_prompt is None or set(texts) != {inversion.negative_prompt}:
@@ -768,9 +773,52 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                     f" of {inversion.negative_prompt!r}: leave it out, or pass it to `pipe.invert` (with 'null_text' or"
                     " 'direct')."
                 )
-        if optimized or nulls is None:
-            nulls = [None] * count
-        return nulls, {} if inversion is not None else told
+        return [None] * count if optimized or nulls is None else nulls, sources
+
+    def prepare_run(
+        self,
+        source: Source,
+        checked: tuple[dict, tuple],
+        edited: tuple[list, ...],
+        scheduler,
+        settings: Settings,
+        capture_maps: bool,
+    ) -> tuple[Run, list[Edit]]:
+        """A picture's run and edits: inverts it, unless that is done, and finds the regions that stand as words.
+
+        Args:
+            checked: what [`~MDEEditPipeline.check_edits`] gives.
+            edited: prompts, generators, object masks, attribute masks, their own embeddings and null embeddings or
+                `None`; each one per edit.
+            scheduler: a `DDIMScheduler`, timesteps set.
+        """
+        (words, (layers, loss_layers, edits)), inversion = checked, source.inversion
+        prompts, generators, *masks, embeds, nulls = edited
+        if inversion is None:
+            inversion = self.invert_pixels(**source.told)
+        else:
+            self.check_same_model(inversion, scheduler)
+        if words:
+            masks = with_regions(masks, self.find_regions(inversion, words))
+            rest = (source.image_size, source.latent_size, settings, generators)
+            _, _, edits = self.prepare_edits(prompts, source.prompt, masks, *rest, **source.reading)
+        edits = [
+            replace(edit, prompt_embeds=edit.prompt_embeds if own is None else own, null_embeds=null)
+            for edit, own, null in zip(edits, embeds, nulls)
+        ]
+        run = Run(
+            unet=self.unet,
+            scheduler=scheduler,
+            inversion=inversion.to(self._execution_device),
+            source_embeds=self.source_embeds(inversion),
+            guidance_scale=source.guidance_scale,
+            settings=settings,
+            layers=layers,
+            loss_layers=loss_layers,
+            capture_maps=capture_maps,
+            guidance_rescale=source.guidance_rescale,
+        )
+        return run, edits
 
     @torch.inference_mode(False)  # a tensor made in inference mode can have no gradient, and Eq. 7 needs one
     @torch.no_grad()
@@ -779,7 +827,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         prompt: str | list[str],
         inversion: Inversion | None = None,
         image: PipelineImageInput | None = None,
-        source_prompt: str | None = None,
+        source_prompt: str | list[str] | None = None,
         object_masks: Masks | list[Masks | None] | None = None,
         attribute_masks: Masks | list[Masks | None] | None = None,
         num_inference_steps: int | None = None,
@@ -812,17 +860,25 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
+        guidance_rescale: float | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
         **refused,
     ) -> MDEEditPipelineOutput | tuple:
         r"""
-        Edit an inverted picture.
+        Edit an inverted picture, or several pictures that are inverted first.
 
         Args:
             prompt (`str` or `list[str]`):
-                The target prompt p*. A list edits the same inversion several ways.
+                The target prompt p*. A list edits the same picture several ways, or, of several pictures, each its own.
             inversion ([`Inversion`], *optional*):
                 From [`~MDEEditPipeline.invert`]. Otherwise pass `image` and `source_prompt`, and, if wanted,
                 `num_inference_steps` (50) and `inversion_method`, to invert and edit in one call.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
+                A picture as [`~MDEEditPipeline.invert`] takes it, or a list of several, all of one size (see `height`).
+                With several, all that is "one per prompt" is one per picture, and what is not a list holds for all.
+            source_prompt (`str` or `list[str]`, *optional*):
+                What the picture shows, or each picture.
             object_masks (`dict`, *optional*):
                 Per new object, the region S_i it belongs to, for the Object Alignment Loss. Keys name words of the
                 target prompt: `"dog"`, a phrase, `("dog", 1)` for the second occurrence, or token positions. Masks are
@@ -879,7 +935,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             return_dict (`bool`, defaults to `True`):
                 An [`MDEEditPipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                `callback(pipe, i, t, {"latents": ...})` after each step, latents (prompts, channels, h, w); what it
+                `callback(pipe, i, t, {"latents": ...})` after each step, latents (edits, channels, h, w); what it
                 returns under "latents" replaces them. `pipe._interrupt = True` ends the loop, and
                 `pipe._guidance_scale` is that of the steps to come: diffusers' own callbacks work.
             callback_on_step_end_tensor_inputs (`list`, defaults to `["latents"]`):
@@ -894,12 +950,20 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             negative_prompt_embeds (`torch.Tensor`, *optional*):
                 (1 or prompts, tokens, dim), instead of `negative_prompt`.
             source_prompt_embeds (`torch.Tensor`, *optional*):
-                (1, tokens, dim), the same for `source_prompt`.
+                (1 or pictures, tokens, dim), the same for `source_prompt`.
             height, width (`int`, *optional*):
                 With `image`: the size to resize it to. An inversion's picture keeps its own.
             num_images_per_prompt (`int`, defaults to 1):
                 So many edits of each prompt, one after the other; more than one needs `eta`, without which they would
                 all be the same.
+            guidance_rescale (`float`, *optional*):
+                From 0 to 1: how far guidance keeps the spread that the conditional prediction has (arXiv 2305.08891);
+                the inversion's by default, or 0. With null-text embeddings any other than theirs is an error.
+            cross_attention_kwargs (`dict`, *optional*):
+                `{"scale": s}`: LoRAs at `s` times their strength. The inversion's by default; any other is an error.
+            clip_skip (`int`, *optional*):
+                How many of the text encoder's last layers to leave out. The inversion's by default; any other is an
+                error.
             refused:
                 Other arguments of [`StableDiffusionPipeline`]; an error that says why and what to do instead.
 
@@ -918,9 +982,11 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(guidance_scale, output_type, *callback, refused)
-        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        if not prompts:
-            raise ValueError("`prompt` is an empty list: give at least one target prompt.")
+        source = (inversion, image, source_prompt, num_inference_steps, inversion_method)
+        guidance = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
+        size = {"height": height, "width": width}
+        sources = self.check_sources(*source, guidance, size, clip_skip, cross_attention_kwargs)
+        prompts = per_picture(prompt, len(sources))
         copies = check_setting("num_images_per_prompt", num_images_per_prompt, int, 1)
         if copies > 1 and not settings.eta:
             raise ValueError(
@@ -928,63 +994,41 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
             )
         embeds = self.check_embeds("prompt_embeds", prompt_embeds, len(prompts)) or [None] * len(prompts)
         masks = [
-            repeated(per_prompt(m, len(prompts), n), copies)
+            per_prompt(m, len(prompts), n)
             for m, n in ((object_masks, "object_masks"), (attribute_masks, "attribute_masks"))
         ]
-        picture, source_prompt, steps, scale = self.check_source(
-            inversion, image, source_prompt, num_inference_steps, inversion_method, guidance_scale, height, width
-        )
-
-        nulls, told = self.check_null_embeds(
-            inversion, inversion_method, negative_prompt, negative_prompt_embeds, source_prompt_embeds, len(prompts)
-        )
-        prompts, embeds, nulls = (repeated(values, copies) for values in (prompts, embeds, nulls))
+        negative = (negative_prompt, negative_prompt_embeds)
+        nulls, sources = self.check_null_embeds(sources, *negative, source_prompt_embeds, len(prompts))
+        prompts, *masks, embeds, nulls = (repeated(values, copies) for values in (prompts, *masks, embeds, nulls))
         generators = per_prompt_generators(generator, len(prompts))
+        columns = (prompts, generators, *masks, embeds, nulls)
+        parts = list(zip(*(split_evenly(values, len(sources)) for values in columns)))  # of each picture
 
-        # 2. Prepare the source and each edit: words, masks, alignment, text
-        if inversion is None:
-            pixels, image_size = picture
-            latent_size = tuple(side // self.vae_scale_factor for side in pixels.shape[-2:])
-        else:
-            latent_size, image_size = tuple(inversion.latents.shape[-2:]), inversion.image_size
-        rest = (image_size, latent_size, settings, generators)
-        words, (layers, loss_layers, edits) = self.check_edits(prompts, source_prompt, masks, *rest)
+        # 2. Prepare each picture and its edits: words, masks, alignment, text; then invert
+        checked = []
+        for source, (texts, noise, *drawn, _, _) in zip(sources, parts):
+            rest = (source.image_size, source.latent_size, settings, noise)
+            checked.append(self.check_edits(texts, source.prompt, drawn, *rest, **source.reading))
+        steps = sources[0].num_inference_steps
         scheduler = self.ddim_scheduler(steps)
-        if inversion is None:
-            inversion = self.invert_pixels(pixels, image_size, source_prompt, steps, inversion_method, scale, **told)
-        else:
-            self.check_same_model(inversion, scheduler)
-        if words:
-            masks = with_regions(masks, self.find_regions(inversion, words))
-            _, _, edits = self.prepare_edits(prompts, source_prompt, masks, *rest)
-        edits = [
-            replace(edit, prompt_embeds=edit.prompt_embeds if own is None else own, null_embeds=null)
-            for edit, own, null in zip(edits, embeds, nulls)
-        ]
-        run = Run(
-            unet=self.unet,
-            scheduler=scheduler,
-            inversion=inversion.to(self._execution_device),
-            source_embeds=self.source_embeds(inversion),
-            guidance_scale=scale,
-            settings=settings,
-            layers=layers,
-            loss_layers=loss_layers,
-            capture_maps=output_attention_maps,
-        )
+        rest = (scheduler, settings, output_attention_maps)
+        prepared = [self.prepare_run(*picture, *rest) for picture in zip(sources, checked, parts)]
+        runs, edits = [run for run, _ in prepared], [edit for _, own in prepared for edit in own]
 
         # 3. Denoise
-        latents = run.inversion.source_latents(0).repeat(len(edits), 1, 1, 1)  # (prompts, channels, h, w), each at z_T
+        starts = [run.inversion.source_latents(0) for run in runs]
+        latents = torch.cat(repeated(starts, len(edits) // len(runs)))  # (edits, channels, h, w), each at its z_T
         losses: list[list[dict[str, float]]] = [[] for _ in edits]
         maps: list[dict[WordKey, list[torch.Tensor]]] = [{} for _ in edits]
         control, bar = attention_control(self.unet), self.progress_bar(total=steps)
-        with control as nested, self.talk_to_callbacks(steps, scale, nested), bar as progress:
+        with control as nested, self.talk_to_callbacks(runs[0], nested), bar as progress:
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
-                run = replace(run, guidance_scale=self._guidance_scale)
-                source = record_source(run, i, t, edits)
-                done = [edit_step(run, i, t, z, edit, source) for z, edit in zip(latents.split(1), edits)]
+                guidance = {"guidance_scale": self._guidance_scale, "guidance_rescale": self._guidance_rescale}
+                runs = [replace(run, **guidance) for run in runs]
+                shares = zip(runs, latents.chunk(len(runs)), split_evenly(edits, len(runs)))
+                done = [step for run, z, own in shares for step in picture_step(run, i, t, z, own)]
                 latents = torch.cat([step.latents for step in done])
                 if not torch.isfinite(latents).all():
                     raise FloatingPointError(
@@ -999,12 +1043,12 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
                     shown = {k: f"{v:.3f}" for k, v in done[-1].losses[-1].items() if k in ("oal", "ccl")}
                     progress.set_postfix(shown)
                 if callback_on_step_end is not None:
-                    latents, edits = self.call_back(run, i, t, latents, edits, *callback)
+                    latents, edits = self.call_back(runs, i, t, latents, edits, *callback)
                 progress.update()
 
         # 4. Decode
         images, nsfw = self.decode(latents, output_type)
-        source_images = self.decode_source(run.inversion, output_type)
+        source_images = self.decode_source([run.inversion for run in runs], output_type)
         self.maybe_free_model_hooks()
         output = MDEEditPipelineOutput(
             images=images,
@@ -1016,10 +1060,17 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         return output if return_dict else tuple(vars(output).values())  # `to_tuple` would drop what is None
 
     @contextmanager
-    def talk_to_callbacks(self, num_timesteps: int, guidance_scale: float, nested: bool):
-        """diffusers' protocol, which is attributes of the pipeline: callbacks read the steps and set the rest.
-        A call within a call's callback gives them back."""
-        values = {"_num_timesteps": num_timesteps, "_guidance_scale": guidance_scale, "_interrupt": False}
+    def talk_to_callbacks(self, run: Run, nested: bool):
+        """diffusers' protocol, which is attributes of the pipeline: callbacks read the steps and how prompts are read,
+        and set the rest. A call within a call's callback gives them back."""
+        values = {
+            "_num_timesteps": run.inversion.num_inference_steps,
+            "_guidance_scale": run.guidance_scale,
+            "_guidance_rescale": run.guidance_rescale,
+            "_interrupt": False,
+            "_clip_skip": run.inversion.clip_skip,
+            "_cross_attention_kwargs": {"scale": run.inversion.lora_scale},
+        }
         before = {name: getattr(self, name, None) for name in values}
         try:
             for name, value in values.items():
@@ -1031,7 +1082,7 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
 
     def call_back(
         self,
-        run: Run,
+        runs: list[Run],
         i: int,
         t: torch.Tensor,
         latents: torch.Tensor,
@@ -1041,8 +1092,9 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
     ) -> tuple[torch.Tensor, list[Edit]]:
         """Give the user's callback the tensors it asks for after a step; the latents and edits to go on with."""
         embeds = torch.cat([edit.prompt_embeds for edit in edits])
-        if run.guidance_scale > 1:  # unconditional rows first, as in Stable Diffusion's own pipeline
-            embeds = torch.cat([*(run.null_embed(i, edit) for edit in edits), embeds])
+        if runs[0].guidance_scale > 1:  # unconditional rows first, as in Stable Diffusion's own pipeline
+            owners = repeated(runs, len(edits) // len(runs))
+            embeds = torch.cat([*(run.null_embed(i, edit) for run, edit in zip(owners, edits)), embeds])
         tensors = {"latents": latents, "prompt_embeds": embeds}
         returned = callback(self, i, t, {name: tensors[name] for name in names})
         if not (returned is None or isinstance(returned, dict)):
@@ -1073,14 +1125,16 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         return self.finish(self.decode_pixels(latents), output_type)
 
     @torch.no_grad()
-    def decode_source(self, inversion: Inversion, output_type: str):
-        """The reconstruction branch's picture, decoded once for all edits of an inversion by the same VAE."""
+    def decode_source(self, inversion: Inversion | Sequence[Inversion], output_type: str):
+        """The reconstruction branch's picture of each inversion, decoded once for all its edits by the same VAE."""
+        inversions = inversion if isinstance(inversion, (list, tuple)) else [inversion]
         if output_type == "latent":
-            return inversion.source_latents(inversion.num_inference_steps)
+            return torch.cat([one.source_latents(one.num_inference_steps) for one in inversions])
         flags = sorted((name, value) for name, value in vars(self.vae).items() if isinstance(value, (int, float)))
         probe = self.decode_pixels(probe_noise(self.vae.config.latent_channels, 1))
         decoder = (*flags, self.vae.dtype, probe.float().cpu().numpy().tobytes())
-        return self.finish(inversion.decoded(decoder, self.decode_pixels).clone(), output_type)[0]
+        pixels = torch.cat([one.decoded(decoder, self.decode_pixels) for one in inversions])
+        return self.finish(pixels, output_type)[0]
 
     def decode_pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """(n, channels, h, w) latents to (n, 3, height, width), in [-1, 1] but for the VAE's overshoot."""
@@ -1093,6 +1147,37 @@ class MDEEditPipeline(CarriesItsCode, StableDiffusionPipeline):
         images, nsfw = self.run_safety_checker(pixels, self._execution_device, self.vae.dtype)
         denormalize = [not flagged for flagged in nsfw] if nsfw else [True] * len(images)
         return self.image_processor.postprocess(images, output_type, do_denormalize=denormalize), nsfw
+
+
+def per_picture(prompt, num_pictures: int) -> list:
+    """Prompts as a list: those of one picture, or one for each of several.
+
+    Raises:
+        ValueError: none, or another number than pictures.
+    """
+    if not isinstance(prompt, (list, tuple)):
+        return [prompt] * num_pictures
+    if not prompt:
+        raise ValueError("`prompt` is an empty list: give at least one target prompt.")
+    if num_pictures > 1 and len(prompt) != num_pictures:
+        raise ValueError(
+            f"`prompt` is a list of {len(prompt)} and `image` one of {num_pictures}: pass one prompt per picture, or"
+            " one for all."
+        )
+    return list(prompt)
+
+
+def item_of(values, k: int):
+    """The `k`-th of a list or of a tensor's rows, (1, ...); what is not a list, or has one row, holds for all."""
+    if isinstance(values, torch.Tensor):
+        return values[k : k + 1] if len(values) > 1 else values
+    return values[k] if isinstance(values, (list, tuple)) else values
+
+
+def split_evenly(values: list, parts: int) -> list[list]:
+    """A list as `parts` lists of one length."""
+    size = len(values) // parts
+    return [values[k : k + size] for k in range(0, len(values), size)]
 
 
 def per_prompt(masks, num_prompts: int, name: str) -> list[Masks | None]:

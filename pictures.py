@@ -10,6 +10,14 @@ import torch
 PictureInput = PIL.Image.Image | np.ndarray | torch.Tensor
 
 
+def as_pictures(image) -> list:
+    """One picture per item: of a list, of an array or tensor with a leading axis of several, or the one that it is."""
+    if isinstance(image, (list, tuple)):
+        return list(image)
+    several = isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4 and len(image) > 1
+    return list(image) if several else [image]
+
+
 def read_pixels(value: PictureInput, name: str, signed: bool = False) -> torch.Tensor:
     """The pixels of a picture or a mask, upright and at their own resolution.
 

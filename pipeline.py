@@ -33,6 +33,7 @@ from .masks import edit_mask  # noqa: E402, F401
 from .mde_pipeline import MDEEditPipeline  # noqa: E402
 from .pictures import read_pixels  # noqa: E402, F401
 from .prompts import align_tokens  # noqa: E402, F401
+from .texts import ReadsPrompts  # noqa: E402, F401
 
 
 if _SHARED:

@@ -30,12 +30,11 @@ def _byte_symbols():
     return [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    """CLIP's tokenizer with merges that make each of WORDS one token; other words split into pieces."""
+def make_tokenizer(folder, words, tokens=77):
+    """CLIP's tokenizer with merges that make each of `words` one token; other words split into pieces."""
     symbols, merges = _byte_symbols(), []
     vocab = symbols + [s + "</w>" for s in symbols]
-    for word in WORDS:
+    for word in words:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
             known = [m for m in merges if m in zip(pieces, pieces[1:])]
@@ -46,10 +45,14 @@ def tokenizer(tmp_path_factory):
             i = list(zip(pieces, pieces[1:])).index(pair)
             pieces[i : i + 2] = ["".join(pair)]
     vocab += ["<|startoftext|>", "<|endoftext|>"]
-    folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(dict.fromkeys(vocab))}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=tokens)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), WORDS)
 
 
 @pytest.fixture(scope="session")
