@@ -6,6 +6,8 @@ OUT ?= demo_out
 
 .PHONY: demo app examples gallery train model-report bench-quick bench bench-tune bench-tradeoff test test-app test-slow fuzz \
 	test-matrix lint bundle hub space clean
+.PHONY: demo examples train model-report bench-quick bench bench-tune bench-tradeoff test test-slow fuzz test-matrix \
+	diffusers-suite lint bundle hub clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -86,6 +88,12 @@ fuzz: $(VENV)/test
 # The tests on older releases of diffusers and transformers, each in a folder under build/matrix: half an hour.
 test-matrix: $(VENV)/test
 	$(BIN)/python tests/matrix.py
+
+# diffusers' own pipeline tests, run on this pipeline: make diffusers-suite DIFFUSERS=path of a checkout of its repository.
+diffusers-suite: $(VENV)/test
+	$(BIN)/pip install -q -c constraints.txt parameterized requests-mock scipy
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/diffusers_suite.py \
+		$(or $(DIFFUSERS),$(error say where a checkout of diffusers is: make diffusers-suite DIFFUSERS=path))
 
 lint: $(VENV)/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -196,8 +196,9 @@ class MDEEditPipeline(CarriesItsCode, ReadsPrompts, StableDiffusionPipeline):
             raise ValueError(
                 f"{name} has shape {tuple(image.shape)}: pass one picture, (H, W, 3) numpy or (3, H, W) torch."
             )
-        if pixels.shape[-1] != self.vae.config.in_channels:
-            raise ValueError(f"{name} has {pixels.shape[-1]} channels and the VAE reads {self.vae.config.in_channels}.")
+        channels = self.vae.config.get("in_channels", 3)  # `ConsistencyDecoderVAE` does not say
+        if pixels.shape[-1] != channels:
+            raise ValueError(f"{name} has {pixels.shape[-1]} channels and the VAE reads {channels}.")
         return pixels
 
     def fit_image(self, pixels: torch.Tensor, height: int | None, width: int | None) -> torch.Tensor:

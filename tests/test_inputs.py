@@ -142,6 +142,7 @@ NAMES = """
     optimization_iterations optimization_tolerance step_size max_update attention_resolution mask_dilation
     background_blend eta generator output_type callback_on_step_end callback_on_step_end_tensor_inputs latents surprise
     negative_prompt prompt_embeds negative_prompt_embeds source_prompt_embeds height width num_images_per_prompt
+    guidance_rescale cross_attention_kwargs clip_skip
 """.split()
 
 
