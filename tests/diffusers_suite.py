@@ -24,9 +24,8 @@ def main() -> int:
         outcomes = Outcomes()
         # none of pytest's settings and conftests, of either repository
         alone = ["-c", os.devnull, "--rootdir", folder, "--noconftest", "-p", "no:cacheprovider", "-W", "ignore"]
-        code = pytest.main(
-            [str(file), *alone, "-q", "--tb=line", "-rN", "--show-capture=no", *rest], plugins=[outcomes]
-        )
+        short = ["-q", "--tb=line", "-rN", "--show-capture=no"]
+        code = pytest.main([str(file), *alone, *short, *rest], plugins=[outcomes])
     return outcomes.report() if code in (0, 1) else int(code)
 
 
@@ -106,9 +105,8 @@ class Outcomes:
             getattr(self, report.outcome).append(report.nodeid.split("::", 1)[1])
 
     def report(self) -> int:
-        known, unknown = (
-            [name for name in self.failed if bool(reason(name)) == is_known] for is_known in (True, False)
-        )
+        known = [name for name in self.failed if reason(name)]
+        unknown = [name for name in self.failed if not reason(name)]
         surprises = [name for name in self.passed if reason(name)]
         lines = [f"fails, since it {reason(name)}: {name}" for name in known]
         lines += [f"fails: {name}" for name in unknown] + [f"passes, though: {name}" for name in surprises]
