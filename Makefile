@@ -91,7 +91,7 @@ test-matrix: $(VENV)/test
 
 # diffusers' own pipeline tests, run on this pipeline: make diffusers-suite DIFFUSERS=path of a checkout of its repository.
 diffusers-suite: $(VENV)/test
-	$(BIN)/pip install -q -c constraints.txt parameterized requests-mock scipy
+	$(BIN)/pip install -q -c constraints.txt parameterized requests-mock scipy torchsde
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/diffusers_suite.py \
 		$(or $(DIFFUSERS),$(error say where a checkout of diffusers is: make diffusers-suite DIFFUSERS=path))
 
