@@ -76,12 +76,12 @@ REASONS = {
     ),
     **dict.fromkeys(
         [
-            "test_encode_prompt_works_in_isolation",
             "test_stable_diffusion_negative_prompt_embeds",
             "test_stable_diffusion_prompt_embeds",
         ],
         "gives embeddings without the prompt, whose words masks name and Eq. 3 compares",
     ),
+    "test_encode_prompt_works_in_isolation": "looks the class up in diffusers (and would then edit without a prompt)",
     **dict.fromkeys(
         ["test_vae_tiling", "test_stable_diffusion_vae_tiling"],
         "takes a picture through a VAE of random weights, which reads and draws it otherwise in tiles (1.7 of 1)",
