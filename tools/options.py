@@ -3,8 +3,8 @@
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +18,7 @@ class Option:
     """One setting of a command: a flag and a key of its config.
 
     kind: `str`, `int`, `float`, one of them `| None`, `bool`, or `dict` for masks by word. low, high: a number's range.
+    several: a list of such values will do too, one per target prompt.
     """
 
     kind: Any
@@ -27,9 +28,12 @@ class Option:
     high: float | None = None
     choices: Sequence[str] = ()
     metavar: str | None = None
+    several: bool = False
 
     def check(self, name: str, value):
         """`value` as this option takes it; raises `ValueError` naming it."""
+        if self.several and isinstance(value, list) and value:
+            return [replace(self, several=False).check(name, one) for one in value]
         if self.kind is dict:
             return _check_masks(name, value)
         if self.kind is bool:
@@ -98,11 +102,29 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "share": Option(bool, "give the page a public address for three days", False),
     },
 }
+# What a row of a batch can say: all that an edit can, and several prompts.
+ROW = {
+    "name": Option(str, "of the folder of its results"),
+    **{
+        name: replace(option, several=name in ("prompt", "object", "attribute"))
+        for name, option in OPTIONS["edit"].items()
+        if name not in _OUT
+    },
+}
+_OF_ONE_ROW = ("name", "image", "source_prompt", "prompt", "object", "attribute", "inversion")
+OPTIONS["batch"] = {
+    "cache": Option(str, "folder that keeps inversions, for any number of batches (default: .inversions in --out)"),
+    "cache_size": Option(float, "GB that --cache may hold; the one unused for longest goes first", 10.0, low=0),
+    **{name: option for name, option in ROW.items() if name not in _OF_ONE_ROW},
+    "out": Option(str, "folder to write to; what is there already is not done again"),
+}
 _HELP = {
     "invert": "invert a picture once, to edit it often",
     "edit": "edit a picture",
     "mask": "write a mask, and beside it a picture to look at",
     "app": "edit in a browser",
+    "batch": "edit many pictures, the rows of a file or a folder (see docs/batch.md); what is set here holds for the"
+    " rows that do not say it themselves; `accelerate launch -m mde_edit.tools.cli batch ...` spreads them over GPUs",
 }
 _PATHS = ("image", "inversion")
 
@@ -149,6 +171,9 @@ def build_parser() -> Parser:
         sub.add_argument(
             "--config", help="JSON file with any of these settings; flags override it, paths are relative to it"
         )
+        if command == "batch":
+            sub.add_argument("rows", help="a .jsonl file, one edit per line, or a folder of pictures, masks and .json")
+            sub.add_argument("--fail-fast", action="store_true", help="stop at the first row that cannot be edited")
         for name, option in options.items():
             add_flag(sub, name, option)
     bundle = commands.add_parser("bundle", help="write the pipeline as one self-contained file")
@@ -223,31 +248,41 @@ def read_config(file: str, options: dict[str, Option]) -> dict[str, Any]:
         ValueError: no such file, no JSON object in it, or a setting that is unknown or stands there twice.
     """
     try:
-        config = json.loads(Path(file).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        config = json.loads(Path(file).read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`config` {file!r} cannot be read: {error}.") from error
+    return check_config(config, options, f"`config` {file!r}", Path(file).parent)
+
+
+def check_config(config, options: dict[str, Option], where: str, folder: Path) -> dict[str, Any]:
+    """The settings of what was read from JSON, paths relative to `folder`; `where` says in an error what was read.
+
+    Raises:
+        ValueError: no JSON object, an unknown setting, or a value that its option does not take.
+    """
     if not isinstance(config, dict):
-        raise ValueError(f"`config` {file!r} holds {config!r}, not settings by name: {{...}}.")
+        raise ValueError(f"{where} holds {config!r}, not settings by name: {{...}}.")
     unknown = sorted(set(config) - set(options))
     if unknown:
-        raise ValueError(f"`config` {file!r} has unknown settings: {', '.join(unknown)}.")
+        raise ValueError(f"{where} has unknown settings: {', '.join(unknown)}.")
     # what is null in a config is at its default, unless null means something
     config = {k: v for k, v in config.items() if v is not None or type(None) in get_args(options[k].kind)}
     checked = {name: options[name].check(name, value) for name, value in config.items()}
 
-    def beside(path: str) -> str:
-        here = path.startswith(("http://", "https://")) or parse_region("config", path)[0] != "file"
-        return path if here else str(Path(file).parent / path)
+    def beside(told):
+        if isinstance(told, list):
+            return [beside(one) for one in told]
+        if isinstance(told, dict):
+            return {word: beside(one) for word, one in told.items()}
+        here = told.startswith(("http://", "https://")) or parse_region("config", told)[0] != "file"
+        return told if here else str(folder / told)
 
-    for name, value in checked.items():
-        if name in _PATHS:
-            checked[name] = beside(value)
-        elif options[name].kind is dict:
-            checked[name] = {word: [beside(path) for path in paths] for word, paths in value.items()}
-    return checked
+    placed = {name for name in checked if name in _PATHS or options[name].kind is dict}
+    return {name: beside(value) if name in placed else value for name, value in checked.items()}
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`json`'s `object_pairs_hook` that refuses a name which stands there twice."""
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -273,26 +308,69 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             for word, path in flags[name]:
                 masks.setdefault(word, []).append(path)
             flags[name] = masks
+    beside = {name: flags.pop(name) for name in ("rows", "fail_fast") if name in flags}  # a batch's, never its rows'
     flags = {name: options[name].check(name, value) for name, value in flags.items()}
     # flags override the config: an inversion takes the place of what one is made from, a picture that of an inversion
     replaced = _INVERSION if "inversion" in flags else {"inversion"} if "image" in flags else {}
     given = {**{name: value for name, value in config.items() if name not in replaced}, **flags}
 
-    inverted = "inversion" in given
+    if command == "batch":
+        return argparse.Namespace(command=command, **{"fail_fast": False, **beside}, **_batch(given))
+    return argparse.Namespace(
+        command=command, **complete(command, given, _flags, [name for name in _OUT if name in OPTIONS[command]])
+    )
+
+
+def _batch(given: dict[str, Any]) -> dict[str, Any]:
+    """A batch's own settings; under `shared`, those for all of its rows, still without defaults."""
+    if "out" not in given:
+        raise ValueError("missing --out (see mde-edit batch --help)")
+    own = {name: given.pop(name, OPTIONS["batch"][name].default) for name in ("out", "cache", "cache_size")}
+    return {**own, "shared": given}
+
+
+def complete(
+    command: str, given: dict[str, Any], shown: Callable[[Sequence[str]], str], needed: Sequence[str]
+) -> dict[str, Any]:
+    """All settings of a command: the given ones over the preset's over the defaults.
+
+    Args:
+        shown: how an error names settings.
+        needed: what has to be given beside what the command always needs.
+
+    Raises:
+        ValueError: a setting that is missing, or that another contradicts.
+    """
+    options, inverted = OPTIONS[command], "inversion" in given
     contradicting = [name for name in _INVERSION if inverted and name in given]
     if contradicting:
-        raise ValueError(f"{_flags(contradicting)}: the file of --inversion has its own; leave it out.")
-    needed = {"invert": ["out"], "edit": ["out", "prompt"], "mask": ["out", "region"], "app": []}[command]
+        raise ValueError(f"{shown(contradicting)}: the file of --inversion has its own; leave it out.")
+    needed = [*needed, *{"invert": [], "edit": ["prompt"], "mask": ["region"], "app": []}[command]]
     if not inverted and "image" in options:
         drawn = command == "mask" and parse_region("region", given.get("region", "word:any"))[0] != "word"
         needed += ["image"] if drawn else ["image", "source_prompt"]
     missing = [name for name in needed if name not in given]
     if missing:
-        raise ValueError(f"missing {_flags(missing)} (see mde-edit {command} --help)")
+        raise ValueError(f"missing {shown(missing)} (see mde-edit {command} --help)")
     settings = {name: option.default for name, option in options.items() if not (inverted and name in _INVERSION)}
     if not inverted and "guidance_scale" in options:
         settings["guidance_scale"] = 7.5
-    return argparse.Namespace(command=command, **{**settings, **PRESETS.get(given.get("preset"), {}), **given})
+    return {**settings, **PRESETS.get(given.get("preset"), {}), **given}
+
+
+def row_settings(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a row, as `edit` has them: its own over the batch's over the preset's over the defaults.
+
+    Args:
+        row, shared: checked settings.
+
+    Raises:
+        ValueError: see [`complete`].
+    """
+    # an inversion takes the place of what one is made from
+    shared = {name: value for name, value in shared.items() if not ("inversion" in row and name in _INVERSION)}
+    settings = complete("edit", {**shared, **row}, lambda names: ", ".join(f"`{name}`" for name in names), [])
+    return {name: value for name, value in settings.items() if name not in _OUT}
 
 
 def _flags(names: Sequence[str]) -> str:

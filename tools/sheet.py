@@ -2,11 +2,15 @@
 """Everything to look at of one edit, on one page."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageOps
+
+from .files import replacing
 
 
 def overlay(image: PIL.Image.Image, heat: np.ndarray) -> PIL.Image.Image:
@@ -58,3 +62,36 @@ def draw_sheet(path: Path, source, output, masks: Sequence, source_prompt: str, 
         axis.tick_params(labelsize=7)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
+
+
+def draw_contact_sheets(folder: Path, contacts: Iterable[tuple], side: int = 128, across: int = 6, down: int = 8):
+    """Pages of pictures beside their edits: `sheet.png`, of several pages `sheet_0.png` and so on.
+
+    Args:
+        contacts: (picture or None, edit, lines of text) each.
+        side: pixels of the square that a picture fits in. across, down: edits per page.
+
+    Returns:
+        the names of the files, which replace those of before.
+    """
+    pages, tile, place = [], (2 * side + 8, side + 34), 0
+    for number, (source, edited, lines) in enumerate(contacts):
+        place = number % (across * down)
+        if place == 0:
+            pages.append(PIL.Image.new("RGB", (across * tile[0], down * tile[1]), "white"))
+        left, top = (place % across) * tile[0] + 4, (place // across) * tile[1] + 4
+        for offset, image in ((0, source), (side, edited)):
+            if image is not None:
+                pages[-1].paste(PIL.ImageOps.contain(image, (side - 2, side - 2)), (left + offset, top))
+        for index, line in enumerate(lines):
+            text = textwrap.shorten(line.encode("ascii", "replace").decode(), 44, placeholder="...")
+            PIL.ImageDraw.Draw(pages[-1]).text((left, top + side + 13 * index), text, "black")
+    for old in (folder / "sheet.png", *folder.glob("sheet_*.png")):
+        old.unlink(missing_ok=True)
+    if pages:
+        pages[-1] = pages[-1].crop((0, 0, pages[-1].width, (place // across + 1) * tile[1]))
+    names = ["sheet.png"] if len(pages) == 1 else [f"sheet_{number}.png" for number in range(len(pages))]
+    for name, page in zip(names, pages):
+        with replacing(folder / name) as temporary:
+            page.save(temporary, "png")
+    return names
