@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import re
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,9 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from mde_edit import MDEEditPipeline
+from mde_edit.tools.files import replacing, write_json
 from mde_edit.tools.measure import measured
-from tqdm import tqdm
+from mde_edit.tools.spread import Job, processes, spread
 
 from benchmarks.cases import Case, load_cases
 from benchmarks.methods import METHODS
@@ -60,25 +62,26 @@ class Variant(NamedTuple):
     steps: int | None
 
 
-def run_case(pipe: MDEEditPipeline, meter: Meter, case: Case, variant: Variant, args: argparse.Namespace) -> bool:
-    """Edit, measure and save, unless that was done before; whether it had to be done."""
+def job_of(case: Case, variant: Variant, args: argparse.Namespace) -> Job:
+    """An edit as something to do once; its record carries all settings, not only those that differ."""
     label, name, settings, own_steps = variant
-    steps = own_steps or args.steps
-    record = args.out / label / f"{case.name}.json"
     whole = {**METHODS[name].settings, **settings}
-    key = {"method": name, "settings": whole, "steps": steps, "seed": args.seed, "model": args.model}
+    key = {"method": name, "settings": whole, "steps": own_steps or args.steps, "seed": args.seed, "model": args.model}
     key["soften"] = args.soften
-    if record.is_file():
-        known = json.loads(record.read_text())
-        if {field: known.get(field) for field in key} == json.loads(json.dumps(key)):
-            return False
-    image, cost = edit(pipe, name, case, steps, args.seed, settings)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    image.save(record.with_suffix(".png"))
-    entry = {"case": case.name, "split": case.split, "task": case.task, "label": label, **key, **cost}
+    return Job((case, variant), args.out / label / f"{case.name}.json", lambda: key)
+
+
+def run_case(pipe: MDEEditPipeline, meter: Meter, job: Job) -> None:
+    """Edit, measure and save, the record last."""
+    case, variant = job.task
+    key = job.key()
+    image, cost = edit(pipe, variant.method, case, key["steps"], key["seed"], variant.settings)
+    job.record.unlink(missing_ok=True)  # of another picture than the one to come
+    with replacing(job.record.with_suffix(".png")) as temporary:
+        image.save(temporary, "png")
+    entry = {"case": case.name, "split": case.split, "task": case.task, "label": variant.label, **key, **cost}
     entry |= {"figures": meter(case, image), "machine": machine(pipe)}
-    record.write_text(json.dumps(entry, indent=1) + "\n")
-    return True
+    write_json(job.record, entry)
 
 
 def load_meter(judge: str | None, pipe: MDEEditPipeline) -> Meter:
@@ -162,17 +165,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     variants = [parse_variant(text) for text in args.methods]  # a wrong name is found before anything is loaded
     cases = limited(load_cases(args.cases), args.limit)
-    state = PartialState(cpu=not torch.cuda.is_available())  # several processes on a CPU, only if told so
+    state = processes()
     pipe = load_pipe(args.model, state.device, args.dtype, args.soften)
     meter = load_meter(args.judge, pipe)
+
+    def work(jobs: list[Job]) -> Iterator[Job]:
+        for job in jobs:
+            run_case(pipe, meter, job)
+            yield job
+
     # Case by case, not method by method: a run that is broken off has every method at the same number of cases.
-    jobs = [(case, variant) for case in cases for variant in variants]
-    with state.split_between_processes(jobs) as mine:
-        bar = tqdm(mine, f"process {state.process_index}", disable=not state.is_local_main_process)
-        for case, variant in bar:
-            bar.set_postfix_str(f"{variant.label} {case.name}")
-            run_case(pipe, meter, case, variant, args)
-    state.wait_for_everyone()
+    jobs = [job_of(case, variant, args) for case in cases for variant in variants]
+    spread(jobs, work, state)
     if state.is_main_process:
         print(f"results of {len(jobs)} edits: {args.out}")
 

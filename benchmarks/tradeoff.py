@@ -10,15 +10,14 @@ stopped.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
-from accelerate import PartialState
+from mde_edit.tools.files import write_json
 from mde_edit.tools.measure import measured
-from tqdm import tqdm
+from mde_edit.tools.spread import Job, processes, spread
 
 from benchmarks.cases import Case, load_cases
 from benchmarks.methods import METHODS
@@ -130,17 +129,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="only the first cases of each task and split")
     args = parser.parse_args(argv)
     cases = limited(load_cases(args.cases), args.limit)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = processes()
     pipe = load_pipe(args.model, state.device, "float32")
     meter = load_meter(args.judge, pipe)
-    args.out.mkdir(parents=True, exist_ok=True)
+
+    def work(jobs: list[Job]) -> Iterator[Job]:
+        for job in jobs:
+            write_json(job.record, measure(pipe, meter, job.task, args.steps, args.iterations))
+            yield job
+
     files = [args.out / f"{case.name}.json" for case in cases]
-    with state.split_between_processes(list(zip(cases, files, strict=True))) as mine:
-        for case, file in tqdm(mine, disable=not state.is_local_main_process):
-            if not file.is_file():
-                entries = measure(pipe, meter, case, args.steps, args.iterations)
-                file.write_text(json.dumps(entries, indent=1) + "\n")
-    state.wait_for_everyone()
+    spread([Job(case, file, dict) for case, file in zip(cases, files, strict=True)], work, state)
     if state.is_main_process:
         rows = summary([entry for file in files for entry in json.loads(file.read_text())])
         (args.out / "tradeoff.md").write_text(table(rows))

@@ -339,6 +339,9 @@ def test_inversions_are_kept_by_content_and_the_unused_go_first(inversion, tmp_p
 # The same at the size that it is for: `make test-slow`
 
 
+SLIM = ["--steps", "1", "--optimization-iterations", "0", "--guidance-scale", "1"]  # many edits, not good ones
+
+
 def launch(processes, *argv):
     alone = [sys.executable, "-m", "mde_edit.tools.cli"]
     several = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *alone[1:]]
@@ -360,8 +363,8 @@ def test_two_processes_do_the_same_in_less_time(tiny_model, tmp_path):
     seconds = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        run = launch(processes, *command(rows, tiny_model, out))
-        text, _ = run.communicate(timeout=600)
+        run = launch(processes, *command(rows, tiny_model, out, *SLIM))
+        text, _ = run.communicate(timeout=1200)
         assert run.returncode == 0 and "60 of 60 rows edited" in text, text
         seconds[processes] = edit_seconds(out)
     assert pictures(tmp_path / "1") == pictures(tmp_path / "2") and len(pictures(tmp_path / "1")) == 60
@@ -377,7 +380,7 @@ def test_killed_three_times_two_hundred_edits_are_those_of_an_undisturbed_run(ti
     rows = write_rows(data, [{"image": f"p{number // 2}.png", "oal_weight": 1 + number % 2} for number in range(200)])
     out, rng, places = tmp_path / "killed", random.Random(0), []
     for share in (0.25, 0.5, 0.75):
-        run = launch(1, *command(rows, tiny_model, out))
+        run = launch(1, *command(rows, tiny_model, out, *SLIM))
         target = int(200 * (share + rng.uniform(-0.1, 0.1)))
         while len(list(out.glob("*/run.json"))) < target and run.poll() is None:
             time.sleep(0.01)
@@ -386,11 +389,11 @@ def test_killed_three_times_two_hundred_edits_are_those_of_an_undisturbed_run(ti
         run.communicate()
         places.append(len(list(out.glob("*/run.json"))))
         assert places[-1] < 200
-    run = launch(1, *command(rows, tiny_model, out))
-    text, _ = run.communicate(timeout=600)
+    run = launch(1, *command(rows, tiny_model, out, *SLIM))
+    text, _ = run.communicate(timeout=1200)
     assert run.returncode == 0 and f"200 of 200 rows edited, {places[-1]} of them before" in text, text
-    undisturbed = launch(1, *command(rows, tiny_model, tmp_path / "whole"))
-    assert "200 of 200 rows edited, 0 of them before" in undisturbed.communicate(timeout=600)[0]
+    undisturbed = launch(1, *command(rows, tiny_model, tmp_path / "whole", *SLIM))
+    assert "200 of 200 rows edited, 0 of them before" in undisturbed.communicate(timeout=1200)[0]
     assert pictures(out) == pictures(tmp_path / "whole") and len(pictures(out)) == 200
     assert without_seconds(table(out)) == without_seconds(table(tmp_path / "whole"))
     print(f"killed after {places} of 200 edits: the same pictures and table")
@@ -404,10 +407,11 @@ def test_of_a_thousand_rows_with_fifty_bad_ones_the_others_are_right(tiny_model,
     ]
     kinds = kinds[:10]
     bad = dict(zip(random.Random(0).sample(range(1, 1001), 50), kinds * 5))
-    good = {"image": "p0.png", "optimization_iterations": 0}
-    rows = [with_mistake(BAD[bad[line]][0]) if line in bad else {**good, "seed": line} for line in range(1, 1001)]
+    rows = [
+        with_mistake(BAD[bad[line]][0]) if line in bad else {"image": "p0.png", "seed": line} for line in range(1, 1001)
+    ]
     out = tmp_path / "out"
-    run = launch(2, *command(write_rows(data, rows), tiny_model, out))
+    run = launch(2, *command(write_rows(data, rows), tiny_model, out, *SLIM))
     text, _ = run.communicate(timeout=3000)
     assert run.returncode and "950 of 1000 rows edited, 0 of them before; 50 could not be" in text, text
     lines = table(out)
