@@ -1,7 +1,8 @@
 """What a benchmark case is, and how a set of them lies on disk.
 
 A set is a folder with `cases.jsonl`, one case per line, beside its pictures and masks: drawn ones (`benchmarks.draw`)
-and real ones (`benchmarks.convert`) have the same form, so every command runs on either.
+and real ones (`benchmarks.convert`) have the same form, so every command runs on either. Beside it lies `edits.jsonl`,
+the same cases as the rows of `mde-edit batch`.
 """
 
 import json
@@ -116,7 +117,7 @@ def touching(masks: list[np.ndarray]) -> bool:
 def save_cases(cases: Iterable[Case], folder: Path) -> None:
     """Write a set: PNG pictures and masks, and last `cases.jsonl`, so that a broken-off folder is not taken for one."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines, rows = [], []
     for case in cases:
         files = {"image": f"{case.name}.png", "ideal": f"{case.name}_ideal.png" if case.ideal else None}
         case.image.save(folder / files["image"])
@@ -130,7 +131,23 @@ def save_cases(cases: Iterable[Case], folder: Path) -> None:
         entries = {key: getattr(case, key) for key in ("name", "split", "task", "source_prompt", "target_prompt")}
         expected = [asdict(one) for one in case.expected]
         lines.append(json.dumps({**entries, **files, "regions": regions, "expected": expected}))
+        rows.append(json.dumps(as_row(case, files["image"], [region["mask"] for region in regions])))
+    (folder / "edits.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "cases.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def as_row(case: Case, image: str, masks: list[str]) -> dict:
+    """A case as `mde-edit batch` reads it.
+
+    Args:
+        image, masks: files of the picture and of its regions.
+    """
+    objects, attributes = {}, {}
+    for region, mask in zip(case.regions, masks, strict=True):
+        objects |= {f"{word}:{number}": mask for word, number in filter(None, [region.object])}
+        attributes |= {f"{word}:{number}": mask for word, number in region.attributes}
+    prompts = {"source_prompt": case.source_prompt, "prompt": case.target_prompt}
+    return {"name": case.name, "image": image, **prompts, "object": objects, "attribute": attributes}
 
 
 def load_cases(folder: Path) -> list[Case]:

@@ -1,7 +1,8 @@
-"""Real pictures as cases: LoMOE-Bench, OIR-Bench and COCO, from their own files.
+"""Real pictures as cases, and as rows of `mde-edit batch` (edits.jsonl): data sets that people have, from their files.
 
     python -m benchmarks.convert lomoe LoMOE-Bench --out bench_out/lomoe
     python -m benchmarks.convert oir OIR-Bench/multi_object.yaml --out bench_out/oir
+    python -m benchmarks.convert pie PIE_Bench_pp --out bench_out/pie
     python -m benchmarks.convert coco annotations/instances_val2017.json --images val2017 --out bench_out/coco
 
 Layouts as their projects read them (2024):
@@ -10,10 +11,15 @@ Layouts as their projects read them (2024):
   `utils/target_prompts.txt`. It has no source prompts: they are the target prompts with the phrases put back.
 - OIR-Bench: a YAML of entries with `image_path`, `origin_prompt`, `target_prompt`, `origin_change`, `prompt_change` and
   `prompt_change_mask`; paths are relative to the YAML's folder or one above it.
+- PIE-Bench++: `*/*.parquet`, read with pyarrow, one folder per kind of edit. A record has `id`, `image` (`bytes`),
+  `source_prompt` and `target_prompt` with the changed words in brackets, `blended_words` (a JSON list of "old,new") and
+  `mask` ("start length start length ..." over the rows of 512x512 pixels), which is one for all of its changes. What
+  names no word to change (most additions, deletions, styles and backgrounds) is left out.
 - COCO: instance annotations. It has no edits: every object chosen becomes another of its supercategory.
 """
 
 import argparse
+import io
 import itertools
 import json
 import random
@@ -29,6 +35,7 @@ from benchmarks.cases import Case, Region, Word, save_cases, touching
 
 
 LINKING = {"a", "an", "the", "of", "with", "in", "on", "and"}
+PIE_SIDE = 512  # of the pictures that PIE-Bench++'s masks are told on
 COCO_SHARE = (0.03, 0.5)  # of the picture, that an object to edit covers
 
 
@@ -36,16 +43,16 @@ def words_of(text: str) -> list[str]:
     return [word for word in re.split(r"[\s,.;:]+", text.lower()) if word]
 
 
-def region(name: str, mask: np.ndarray, source: str, target: str, target_prompt: str, after: int = 0) -> Region:
-    """A region whose phrase `target` stands in `target_prompt`, from word `after` on.
+def region(name: str, mask: np.ndarray, source: str, target: str, target_prompt: str, noun: bool) -> Region:
+    """A region whose phrase `target` stands in `target_prompt`.
 
-    The phrase's last word is its noun: a new one is an object to draw, other new words are attributes.
+    With `noun`, the phrase's last word is a thing: a new one is an object to draw. Other new words are attributes.
 
     Raises:
         ValueError: the phrase does not stand there, or changes nothing.
     """
     prompt, phrase = words_of(target_prompt), words_of(target)
-    places = [start for start in range(after, len(prompt)) if prompt[start : start + len(phrase)] == phrase]
+    places = [start for start in range(len(prompt)) if prompt[start : start + len(phrase)] == phrase]
     if not places:
         raise ValueError(f"{name}: {target!r} does not stand in the target prompt {target_prompt!r}")
 
@@ -57,7 +64,7 @@ def region(name: str, mask: np.ndarray, source: str, target: str, target_prompt:
     new = [i for i, one in enumerate(phrase) if one not in before and one not in LINKING]
     if not new:
         raise ValueError(f"{name}: nothing changes from {source!r} to {target!r}")
-    last = len(phrase) - 1
+    last = len(phrase) - 1 if noun else None
     return Region(
         name=name,
         mask=mask,
@@ -68,10 +75,12 @@ def region(name: str, mask: np.ndarray, source: str, target: str, target_prompt:
     )
 
 
-def make_case(name: str, image: Image.Image, prompts: tuple[str, str], changes: list[tuple]) -> Case:
-    """A case of (mask, source words, target words) per object, its split told by the masks."""
+def make_case(
+    name: str, image: Image.Image, prompts: tuple[str, str], changes: list[tuple], nouns: bool = True
+) -> Case:
+    """A case of (mask, source words, target words) per object, its split told by the masks; `nouns`: see [`region`]."""
     regions = tuple(
-        region(f"object{index}", mask, source, target, prompts[1])
+        region(f"object{index}", mask, source, target, prompts[1], nouns)
         for index, (mask, source, target) in enumerate(changes)
     )
     return Case(
@@ -151,6 +160,42 @@ def oir(path: Path, size: int) -> Iterator[Case]:
         yield make_case(f"oir_{key}", image, (entry["origin_prompt"], entry["target_prompt"]), changes)
 
 
+def pie(folder: Path, size: int) -> Iterator[Case]:
+    import pyarrow.parquet  # of this layout alone
+
+    for path in sorted(folder.glob("*/*.parquet")):
+        for record in pyarrow.parquet.read_table(path).to_pylist():
+            case = pie_case(record, path.parent.name, size)
+            if case is not None:
+                yield case
+
+
+def pie_case(record: dict, kind: str, size: int) -> Case | None:
+    """A record of PIE-Bench++ as a case; None if it names no word to change.
+
+    Args:
+        kind: of the edit, its folder's name, such as "6_change_attribute_color_40".
+    """
+    prompts = tuple(re.sub(r"[\[\]]", "", record[name]) for name in ("source_prompt", "target_prompt"))
+    runs = np.array(record["mask"].split(), int).reshape(-1, 2)
+    flat = np.zeros(PIE_SIDE**2, np.uint8)
+    for start, length in runs:
+        flat[start : start + length] = 255
+    with Image.open(io.BytesIO(record["image"]["bytes"])) as picture:
+        image = picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    drawn = Image.fromarray(flat.reshape(PIE_SIDE, PIE_SIDE)).resize((size, size), Image.Resampling.NEAREST)
+    mask, changes = np.asarray(drawn) > 127, []
+    for pair in json.loads(record["blended_words"] or "[]"):
+        old, _, new = (part.strip() for part in pair.partition(","))
+        if (
+            set(words_of(new)) - set(words_of(old)) - LINKING
+            and f" {' '.join(words_of(new))} " in f" {' '.join(words_of(prompts[1]))} "
+        ):
+            changes.append((mask, old, new))
+    attributes = "_color_" in kind or "_material_" in kind
+    return make_case(f"pie_{record['id']}", image, prompts, changes, not attributes) if changes else None
+
+
 def polygons(segmentation: list[list[float]], width: int, height: int) -> Image.Image:
     mask = Image.new("L", (width, height))
     for points in segmentation:
@@ -213,8 +258,10 @@ def with_article(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("layout", choices=("lomoe", "oir", "coco"))
-    parser.add_argument("path", type=Path, help="LoMOE-Bench's folder, OIR-Bench's YAML, COCO's instances JSON")
+    parser.add_argument("layout", choices=("lomoe", "oir", "pie", "coco"))
+    parser.add_argument(
+        "path", type=Path, help="LoMOE-Bench's folder, OIR-Bench's YAML, PIE-Bench++'s folder, COCO's JSON"
+    )
     parser.add_argument("--images", type=Path, help="COCO's folder of pictures")
     parser.add_argument("--count", type=int, default=100, help="COCO: how many cases (%(default)s)")
     parser.add_argument("--size", type=int, default=512, help="side of the pictures (%(default)s)")
@@ -225,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("coco needs --images, the folder of the pictures")
         cases = coco(args.path, args.images, args.size, args.count)
     else:
-        cases = {"lomoe": lomoe, "oir": oir}[args.layout](args.path, args.size)
+        cases = {"lomoe": lomoe, "oir": oir, "pie": pie}[args.layout](args.path, args.size)
     cases = list(cases)
     save_cases(cases, args.out)
     print(f"{len(cases)} cases: {args.out}")

@@ -1,6 +1,7 @@
 """The benchmark: cases, metrics, runner, tables and converters, on real but tiny parts."""
 
 import copy
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mde_edit.attention_processors import Record, attention_control
+from mde_edit.tools.rows import read_rows
 from PIL import Image
 
 from benchmarks import attention, convert, draw, metrics, run, tables, tradeoff, tune
@@ -537,6 +539,10 @@ def test_lomoe_bench(tmp_path):
     assert case.object_masks.keys() == {("apple", 0)}
     assert case.attribute_masks.keys() == {("red", 0), ("silver", 0)}
     assert case.image.size == (32, 32) and case.split == "non_overlap"
+    (row,) = read_rows(str(tmp_path / "out" / "edits.jsonl"), {})  # the same for `mde-edit batch`
+    assert row.error is None and row.name == case.name and row.args.prompt == case.target_prompt
+    first, second = (str(tmp_path / "out" / f"lomoe_000_object{index}.png") for index in (0, 1))
+    assert row.args.object == {"apple:0": [first]} and row.args.attribute == {"red:0": [first], "silver:0": [second]}
     record["fg_prompt"] = '"a red apple"'
     (tmp_path / "LoMOE.json").write_text(json.dumps({"00": record}))
     with pytest.raises(ValueError, match="2 masks, 2 source and 1 target"):
@@ -566,6 +572,45 @@ def test_oir_bench(tmp_path):
     path.write_text(yaml.safe_dump({"multi_object": entry}))
     with pytest.raises(ValueError, match="'pasta' does not stand in the target prompt"):
         list(convert.oir(path, 30))
+
+
+def test_pie_bench_pp():
+    """Records as its parquet files hold them."""
+    drawn = io.BytesIO()
+    Image.new("RGB", (512, 512), "gray").save(drawn, "JPEG")
+    runs = " ".join(f"{512 * y + 128} 256" for y in range(256))  # the upper middle
+    record = {
+        "id": "000000000000",
+        "image": {"bytes": drawn.getvalue(), "path": None},
+        "source_prompt": "a [slanted] mountain bicycle beside a cat",
+        "target_prompt": "a [rusty] mountain bicycle beside a [big dog]",
+        "blended_words": '["bicycle,bicycle", "slanted,rusty", "cat,big dog", "x,not there"]',
+        "mask": runs,
+    }
+    case = convert.pie_case(record, "0_random_140", 64)
+    assert case.source_prompt == "a slanted mountain bicycle beside a cat" and case.name == "pie_000000000000"
+    assert case.object_masks.keys() == {("rusty", 0), ("dog", 0)} and case.attribute_masks.keys() == {("big", 0)}
+    expected = np.zeros((64, 64), bool)
+    expected[:32, 16:48] = True
+    assert all((region.mask == expected).all() for region in case.regions) and case.image.size == (64, 64)
+    colored = convert.pie_case({**record, "blended_words": '["slanted,rusty"]'}, "6_change_attribute_color_40", 64)
+    assert not colored.object_masks and colored.attribute_masks.keys() == {("rusty", 0)}
+    assert convert.pie_case({**record, "blended_words": "[]"}, "9_change_style_80", 64) is None
+
+
+def test_pie_bench_pp_is_read_from_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    drawn = io.BytesIO()
+    Image.new("RGB", (512, 512)).save(drawn, "PNG")
+    record = {"id": "1", "image": {"bytes": drawn.getvalue()}, "source_prompt": "a cat", "target_prompt": "a [dog]"}
+    record |= {"blended_words": '["cat,dog"]', "mask": "0 512"}
+    (tmp_path / "1_change_object_80").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "1_change_object_80" / "V1-00000.parquet")
+    convert.main(["pie", str(tmp_path), "--size", "64", "--out", str(tmp_path / "out")])
+    (case,) = load_cases(tmp_path / "out")
+    assert case.object_masks.keys() == {("dog", 0)}
 
 
 def test_coco(tmp_path):
