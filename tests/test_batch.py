@@ -279,6 +279,27 @@ def test_flags_and_config_are_for_rows_that_do_not_say_otherwise(data, tmp_path)
     assert row.args.inversion == str(data / "x.safetensors") and row.args.guidance_scale == 3
 
 
+def test_rows_of_an_inversion_and_of_a_segmenter(tiny_model, data, tmp_path, monkeypatch, counted):
+    loaded = []
+
+    def load_segmenter(*names):
+        loaded.append(names)
+        return lambda image, box: np.asarray(PIL.Image.open(data / "dog.png")) > 127
+
+    monkeypatch.setattr(batch, "load_segmenter", load_segmenter)
+    file = data / "cat.safetensors"
+    inverting = ["--image", str(data / "p0.png"), "--source-prompt", SOURCE, "--out", str(file)]
+    assert main(["invert", "--model", tiny_model, *FAST[:4], "--guidance-scale", "3", *inverting]) == 0
+    of_file = {"inversion": file.name, "prompt": TARGET, "object": {"dog": "box:1,2,30,40"}, "segmenter": "sam"}
+    drawn = {"image": "p0.png", "attribute": {}}
+    clicked = {**drawn, "object": of_file["object"], "segmenter": "sam"}
+    out = tmp_path / "out"
+    assert main(command(write_rows(data, [json.dumps(of_file), drawn, clicked]), tiny_model, out)) == 0
+    assert len(set(pictures(out).values())) == 1 and counted["inversions"] == 1
+    assert loaded == [("sam", None, "cpu")]  # for both of its rows, and not to check them
+    assert table(out)[0]["steps"] == "2" and not table(out)[0]["image"]
+
+
 class Killed(BaseException):
     """As good as SIGKILL: nothing catches it, and no more is written."""
 

@@ -246,7 +246,8 @@ def contacts(out: Path, rows: list[Row], records: list[dict[str, Any]]) -> Itera
 
 
 def _source(row: Row):
+    image = getattr(row.args, "image", None)  # an inversion's row has none
     try:
-        return as_rgb(read_picture("image", row.args.image)) if row.args.image else None
+        return image and as_rgb(read_picture("image", image))
     except ValueError:
         return None
