@@ -132,7 +132,7 @@ def attempt(action: Callable[[], None], job: Job, fail_fast: bool) -> bool:
     """
     try:
         action()
-    except Exception as error:  # noqa: BLE001  whatever a row's trouble is, the others do not share it
+    except Exception as error:  # whatever a row's trouble is, the others do not share it
         known = isinstance(error, (ValueError, FloatingPointError, OSError))
         reason = " ".join(str(error).split() if known else [f"{type(error).__name__}:", *str(error).split()])
         if fail_fast:

@@ -167,7 +167,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="mde-edit", description="Mask-guided editing of several objects of one picture.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command, options in OPTIONS.items():
-        sub = commands.add_parser(command, help=_HELP[command], argument_default=argparse.SUPPRESS)
+        sub = commands.add_parser(
+            command, help=_HELP[command], description=_HELP[command], argument_default=argparse.SUPPRESS
+        )
         sub.add_argument(
             "--config", help="JSON file with any of these settings; flags override it, paths are relative to it"
         )
