@@ -88,8 +88,9 @@ def draw_contact_sheets(folder: Path, contacts: Iterable[tuple], side: int = 128
             PIL.ImageDraw.Draw(pages[-1]).text((left, top + side + 13 * index), text, "black")
     for old in (folder / "sheet.png", *folder.glob("sheet_*.png")):
         old.unlink(missing_ok=True)
-    if pages:
-        pages[-1] = pages[-1].crop((0, 0, pages[-1].width, (place // across + 1) * tile[1]))
+    if pages:  # no more paper than the last one needs
+        width = pages[-1].width if len(pages) > 1 else min(across, place + 1) * tile[0]
+        pages[-1] = pages[-1].crop((0, 0, width, (place // across + 1) * tile[1]))
     names = ["sheet.png"] if len(pages) == 1 else [f"sheet_{number}.png" for number in range(len(pages))]
     for name, page in zip(names, pages):
         with replacing(folder / name) as temporary:
