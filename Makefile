@@ -4,10 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo app examples gallery train model-report bench-quick bench bench-tune bench-tradeoff test test-app test-slow fuzz \
-	test-matrix lint bundle hub space clean
-.PHONY: demo examples train model-report bench-quick bench bench-tune bench-tradeoff test test-slow fuzz test-matrix \
-	diffusers-suite lint bundle hub clean
+.PHONY: demo app examples gallery train model-report bench-quick bench bench-tune bench-tradeoff test test-app test-slow \
+	test-matrix diffusers-suite fuzz lint bundle hub space clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text

@@ -256,8 +256,8 @@ def test_two_at_once_get_their_own(visit, studio, tmp_path):
             if role in (OBJECT, ATTRIBUTE):
                 regions[role, word] = read(path, "L") > 127
         inversion = studio.pipe.load_inversion(found["inversion.safetensors"])
-        run = json.loads(found["run.json"].read_text())
-        again = studio.pipe(**edit_arguments(inversion, run["prompt"], regions, run["settings"]))
+        settings = json.loads(found["run.json"].read_text())["settings"]
+        again = studio.pipe(**edit_arguments(inversion, settings["prompt"], regions, settings))
         assert np.array_equal(read(found["edited.png"]), again.images[0])
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-import pandas as pd
 import PIL.Image
+from matplotlib.figure import Figure
 
 from ..checks import check_setting
 from ..denoise import PRESETS
@@ -28,7 +28,7 @@ from ..masks import as_binary_mask
 from ..mde_pipeline import MDEEditPipeline
 from .measure import as_array, psnr
 from .options import OPTIONS, parse_region
-from .sheet import overlay
+from .sheet import attention_panels, plot_losses
 from .studio import (
     ATTRIBUTE,
     OBJECT,
@@ -39,6 +39,7 @@ from .studio import (
     as_command,
     as_python,
     check_settings,
+    report,
     write_regions,
 )
 
@@ -301,9 +302,7 @@ class Page:
             )
             with gr.Column(min_width=300):
                 self.maps = gr.Gallery(label="Where each word looks", columns=2, height=420, object_fit="contain")
-                self.losses = gr.LinePlot(
-                    x="iteration", y="loss", color="kind", label="Losses of the guidance", height=220, visible=False
-                )
+                self.losses = gr.Plot(label="Losses of the guidance", visible=False)
         gr.Markdown("## 5. This edit elsewhere")
         with gr.Row():
             with gr.Column(min_width=300), gr.Tabs():
@@ -608,26 +607,17 @@ class Page:
         yield updates
 
     def show_result(self, session: Session, source_prompt, prompt, regions: Regions, settings, output, seconds) -> dict:
-        edited, maps = output.images[0], []
-        for word, steps in output.attention_maps[0].items():  # (guided steps, before/after, h, w)
-            first, last = steps[0, 0].cpu().numpy(), steps[-1, 1].cpu().numpy()
-            peak = max(first.max(), last.max(), 1e-8)
-            name = word if isinstance(word, str) else f"{word[0]} ({word[1] + 1})"
-            maps.append((overlay(session.picture, first / peak), f"{name}: before guidance"))
-            maps.append((overlay(edited, last / peak), f"{name}: after guidance"))
-        rows = [
-            {"iteration": i, "loss": entry[kind], "kind": kind.upper()}
-            for i, entry in enumerate(output.losses[0])
-            for kind in ("oal", "ccl")
-            if kind in entry
-        ]
+        edited = output.images[0]
+        losses = Figure(figsize=(5, 2.2), layout="constrained") if output.losses[0] else None
+        if losses is not None:
+            plot_losses(losses.subplots(), output.losses[0])
         texts = (self.studio.model, source_prompt, prompt, regions, settings)
         python, command = as_python(*texts), as_command(*texts)
         return {
             self.edit_status: f"Edited in {seconds:.1f} s.",
             self.result: side_by_side(session.picture, edited),
-            self.maps: maps,
-            self.losses: gr.LinePlot(pd.DataFrame(rows) if rows else None, visible=bool(rows)),
+            self.maps: attention_panels(session.picture, edited, output.attention_maps[0]),
+            self.losses: gr.Plot(losses, visible=losses is not None),
             self.python: python,
             self.command: command,
             self.files: self.write(session, regions, settings, output, (python, command), (source_prompt, prompt)),
@@ -643,7 +633,7 @@ class Page:
         output.source_images[0].save(folder / "reconstruction.png")
         session.inversion.save(folder / "inversion.safetensors")
         (folder / "edit.py").write_text(texts[0], encoding="utf-8")
-        run = {"source_prompt": prompts[0], "prompt": prompts[1], "settings": settings, "losses": output.losses[0]}
+        run = report(*prompts, regions, settings, session.picture, session.inversion, output)
         (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         write_regions(folder, regions)
         return sorted(str(path) for path in folder.iterdir())

@@ -1,5 +1,5 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `mde-edit invert`, `mask`, `edit`, `batch`, `app`; to share it, `bundle`, `push`. See their `--help`."""
+"""The command line: `mde-edit invert`, `mask`, `edit`, `batch`, `app`; to share it, `bundle`, `push`."""
 
 import argparse
 import importlib.util

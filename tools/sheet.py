@@ -21,6 +21,31 @@ def overlay(image: PIL.Image.Image, heat: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.blend(image.convert("L").convert("RGB"), heat_image.resize(image.size, PIL.Image.BICUBIC), 0.65)
 
 
+def plot_losses(axis, losses: Sequence[dict[str, float]]) -> None:
+    """The bare losses of an edit over the iterations of its guidance."""
+    for name, label in (("oal", "OAL"), ("ccl", "CCL")):
+        values = [entry[name] for entry in losses if name in entry]
+        if values:
+            axis.plot(values, label=label, linewidth=1)
+    axis.set_title("losses per guidance iteration", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7)
+
+
+def attention_panels(before: PIL.Image.Image, after: PIL.Image.Image, maps: dict) -> list[tuple]:
+    """Pictures of where each word looks, with titles: at the first guided step before the guidance, at the last after.
+
+    before, after: the pictures under the maps. maps: {word: (guided steps, before/after, h, w)}.
+    """
+    panels = []
+    for key, steps in maps.items():
+        first, last = steps[0, 0].cpu().numpy(), steps[-1, 1].cpu().numpy()
+        peak = max(first.max(), last.max(), 1e-8)
+        panels.append((overlay(before, first / peak), f"attention of {key!r}\nstep 1, before guidance"))
+        panels.append((overlay(after, last / peak), f"attention of {key!r}\nstep {len(steps)}, after guidance"))
+    return panels
+
+
 def draw_sheet(path: Path, source, output, masks: Sequence, source_prompt: str, prompt: str) -> None:
     """A page of pictures, masks, attention before and after the latent guidance, losses.
 
@@ -34,12 +59,7 @@ def draw_sheet(path: Path, source, output, masks: Sequence, source_prompt: str, 
         shape = np.asarray(PIL.Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(source.size)) / 255
         pictures.append((overlay(source, 0.15 + 0.7 * shape), f"mask of {key!r}"))
     pictures += [(reconstruction, "reconstruction"), (edited, f"edit\n{textwrap.fill(prompt, 36)}")]
-    attention = []
-    for key, steps in output.attention_maps[0].items():  # (guided steps, before/after, h, w)
-        first, last = steps[0, 0].numpy(), steps[-1, 1].numpy()
-        peak = max(first.max(), last.max(), 1e-8)
-        attention.append((overlay(reconstruction, first / peak), f"attention of {key!r}\nstep 1, before guidance"))
-        attention.append((overlay(edited, last / peak), f"attention of {key!r}\nstep {len(steps)}, after guidance"))
+    attention = attention_panels(reconstruction, edited, output.attention_maps[0])
 
     columns = max(len(pictures), len(attention) + 1)
     figure = Figure(figsize=(2.6 * columns, 6), layout="constrained")
@@ -54,13 +74,7 @@ def draw_sheet(path: Path, source, output, masks: Sequence, source_prompt: str, 
     if output.losses[0]:
         axis = axes[1, len(attention)]
         axis.axis("on")
-        for name, label in (("oal", "OAL"), ("ccl", "CCL")):
-            values = [entry[name] for entry in output.losses[0] if name in entry]
-            if values:
-                axis.plot(values, label=label, linewidth=1)
-        axis.set_title("losses per guidance iteration", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.legend(fontsize=7)
+        plot_losses(axis, output.losses[0])
     figure.savefig(path, dpi=110)
 
 

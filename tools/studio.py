@@ -22,7 +22,7 @@ from ..denoise import Settings
 from ..inversion import Inversion
 from ..mde_pipeline import MDEEditPipeline, MDEEditPipelineOutput
 from ..prompts import find_token_indices, prompt_phrases
-from .cli import as_rgb
+from .edit import as_rgb, closeness, versions
 from .options import OPTIONS, mask_key
 
 
@@ -327,6 +327,22 @@ def _changed(settings: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def _keywords(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def report(
+    source_prompt: str, prompt: str, regions: Regions, settings: dict[str, Any], picture, inversion, output
+) -> dict[str, Any]:
+    """What a run leaves: its settings, what it ran on, its figures and losses."""
+    masks = [torch.from_numpy(mask).float() for mask in regions.values()]
+    images = (picture, output.images[0], output.source_images[0])
+    latent_size = tuple(inversion.latents.shape[-2:])
+    return {
+        "settings": {"source_prompt": source_prompt, "prompt": prompt, **settings},
+        "versions": versions(),
+        "guidance_iterations": len(output.losses[0]),
+        **closeness(False, *images, masks, latent_size, settings["mask_dilation"]),
+        "losses": output.losses[0],
+    }
 
 
 def write_regions(folder: Path, regions: Regions) -> list[Path]:
