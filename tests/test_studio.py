@@ -21,6 +21,7 @@ from mde_edit.tools.studio import (
     check_settings,
     edit_arguments,
     mask_file,
+    report,
     write_regions,
 )
 
@@ -103,7 +104,7 @@ def test_what_is_transparent_is_white(studio):
 
 
 def test_an_edit_tells_how_far_it_is_and_equals_the_pipelines(studio, picture, regions):
-    inversion = studio.invert(picture, SOURCE, QUICK)
+    inversion, _ = studio.invert(picture, SOURCE, QUICK)
     *told, output = studio.edit(inversion, TARGET, regions, QUICK, previews=3)
     assert [(p.step, p.steps) for p in told] == [(1, 4), (2, 4), (3, 4)]
     assert all(isinstance(p, Progress) and p.preview.size == picture.size for p in told)
@@ -111,30 +112,57 @@ def test_an_edit_tells_how_far_it_is_and_equals_the_pipelines(studio, picture, r
     assert np.array_equal(output.images[0], again.images[0])
 
 
-def elsewhere(function):
-    """Stands for ZeroGPU's decorator: what goes in and comes out is pickled on its way to another process."""
+class Elsewhere:
+    """Stands for ZeroGPU: what is wrapped runs in another process, to and from which everything is pickled."""
 
-    def call(*arguments):
-        result = function(*pickle.loads(pickle.dumps(arguments)))
-        if inspect.isgenerator(result):
-            return (pickle.loads(pickle.dumps(part)) for part in result)
-        return pickle.loads(pickle.dumps(result))
+    running = False
 
-    return call
+    def __call__(self, function):
+        def call(*arguments):
+            result = self.run(function, *pickle.loads(pickle.dumps(arguments)))
+            return self.iterate(result) if inspect.isgenerator(result) else pickle.loads(pickle.dumps(result))
+
+        return call
+
+    def run(self, function, *arguments):
+        self.running = True
+        try:
+            return function(*arguments)
+        finally:
+            self.running = False
+
+    def iterate(self, parts):
+        for part in iter(lambda: self.run(next, parts, None), None):
+            yield pickle.loads(pickle.dumps(part))
 
 
-def test_what_computes_can_do_so_in_another_process(pipe, picture, regions):
-    outcomes = []
-    for studio in (Studio(pipe, "model"), Studio(pipe, "model", on_accelerator=elsewhere)):
-        inversion = studio.invert(picture, SOURCE, QUICK)
+def test_models_are_used_in_what_can_run_in_another_process_alone(pipe, picture, regions):
+    elsewhere = Elsewhere()
+
+    def outcome(studio):
+        studio.check_edit(picture, TARGET, SOURCE, regions, QUICK)
+        inversion, reconstruction = studio.invert(picture, SOURCE, QUICK)
         found = studio.find(inversion, "cat")
         *told, output = studio.edit(inversion, TARGET, regions, QUICK)
-        outcomes.append((found, *(p.preview for p in told), output.images[0]))
-    assert all(np.array_equal(one, other) for one, other in zip(*outcomes, strict=True))
+        report(SOURCE, TARGET, regions, QUICK, picture, inversion, output)
+        return found, reconstruction, *(p.preview for p in told), output.images[0]
+
+    def check(*_):
+        assert elsewhere.running
+
+    expected = outcome(Studio(pipe, "model"))
+    models = (pipe.unet, pipe.text_encoder, pipe.vae.encoder, pipe.vae.decoder)
+    hooks = [model.register_forward_pre_hook(check) for model in models]
+    try:
+        found = outcome(Studio(pipe, "model", on_accelerator=elsewhere))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert all(np.array_equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 def test_an_edit_that_nobody_waits_for_ends(studio, picture, regions):
-    inversion = studio.invert(picture, SOURCE, QUICK)
+    inversion, _ = studio.invert(picture, SOURCE, QUICK)
     steps = []
     unet, record = studio.pipe.unet, lambda module, args, kwargs: steps.append(1)
     hook = unet.register_forward_pre_hook(record, with_kwargs=True)
@@ -148,7 +176,7 @@ def test_an_edit_that_nobody_waits_for_ends(studio, picture, regions):
 
 
 def test_what_the_pipeline_refuses_is_raised_where_it_is_waited_for(studio, picture, regions):
-    inversion = studio.invert(picture, SOURCE, QUICK)
+    inversion, _ = studio.invert(picture, SOURCE, QUICK)
     with pytest.raises(ValueError, match="'zebra' is not in the prompt"):
         list(studio.edit(inversion, TARGET, {(OBJECT, "zebra"): regions[OBJECT, "dog"]}, QUICK))
     for wrong, message in (
@@ -166,7 +194,7 @@ def test_the_script_and_the_command_say_the_same_edit(
     studio, components, picture, regions, changed, tmp_path, monkeypatch
 ):
     settings = check_settings({**QUICK, **changed})
-    inversion = studio.invert(picture, SOURCE, settings)
+    inversion, _ = studio.invert(picture, SOURCE, settings)
     *_, output = studio.edit(inversion, TARGET, regions, settings)
     write_regions(tmp_path, regions)
     picture.save(tmp_path / "picture.png")

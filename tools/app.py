@@ -66,6 +66,7 @@ class Session:
     picture: PIL.Image.Image | None = None  # as it is inverted
     inversion: Inversion | None = None
     inverted: tuple | None = None  # what it was made from
+    reconstruction: PIL.Image.Image | None = None
     slots: list[Word | None] = field(default_factory=lambda: [None] * SLOTS)
     drawn: dict[Word, np.ndarray] = field(default_factory=dict)  # bool, at the size it is painted at
     folder: Path | None = None
@@ -549,15 +550,15 @@ class Page:
         made_from = (source_prompt, *(settings[name] for name in names))
         if session.inversion is None or session.inverted != made_from:
             start = time.perf_counter()
-            session.inversion = self.studio.invert(session.picture, source_prompt, settings)
+            inverted = self.studio.invert(session.picture, source_prompt, settings)
+            session.inversion, session.reconstruction = inverted
             session.inverted, seconds = made_from, time.perf_counter() - start
             how = f"Inverted in {seconds:.1f} s"
         else:
             how = "Already inverted"
-        picture = self.studio.pipe.decode_source(session.inversion, "pil")[0]
-        decibels = psnr(as_array(session.picture), as_array(picture))
+        decibels = psnr(as_array(session.picture), as_array(session.reconstruction))
         status = f"{how}: the reconstruction is {judge_reconstruction(decibels)} ({decibels:.1f} dB)."
-        return {self.session: session, self.source_status: status, self.reconstruction: picture}
+        return {self.session: session, self.source_status: status, self.reconstruction: session.reconstruction}
 
     def on_invert(self, session: Session, image, source_prompt, *values, progress=PROGRESS) -> dict:
         updates: dict = {self.session: session}
@@ -693,7 +694,7 @@ class Page:
             for role, word, place in asked:
                 regions[role, word] = self.place(f"{role}` `{word}", place, source_prompt, image, picture)
             self.studio.check_edit(picture, prompt, source_prompt, regions, settings)
-            inversion = self.studio.invert(picture, source_prompt, settings)
+            inversion, _ = self.studio.invert(picture, source_prompt, settings)
             for role, word, place in asked:
                 if place.startswith("word:"):
                     regions[role, word] = self.studio.find(inversion, place.removeprefix("word:"))

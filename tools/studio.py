@@ -52,7 +52,7 @@ class Studio:
         pipe: on its device.
         model: its folder or Hub name, for the code that repeats an edit.
         segmenter: a callable as [`load_segmenter`] makes it, for clicks.
-        on_accelerator: wraps what computes (`spaces.GPU`); what is wrapped takes and returns what can be pickled.
+        on_accelerator: wraps all that uses the models (`spaces.GPU`); it takes and returns what can be pickled.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Studio:
         self.pipe, self.model, self.segmenter = pipe, model, segmenter
         self.invert = on_accelerator(self._invert)
         self.find = on_accelerator(self._find)
+        self.check_edit = on_accelerator(self._check_edit)
         self.edit = on_accelerator(self._edit)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -159,16 +160,19 @@ class Studio:
     # What computes
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _invert(self, picture: PIL.Image.Image, prompt: str, settings: dict[str, Any]) -> Inversion:
-        """settings: `method`, `steps`, `guidance_scale`, `negative_prompt`."""
-        return self.pipe.invert(
+    def _invert(
+        self, picture: PIL.Image.Image, prompt: str, settings: dict[str, Any]
+    ) -> tuple[Inversion, PIL.Image.Image]:
+        """An inversion and its reconstruction. settings: `method`, `steps`, `guidance_scale`, `negative_prompt`."""
+        inversion = self.pipe.invert(
             picture,
             prompt,
             num_inference_steps=settings["steps"],
             method=settings["method"],
             guidance_scale=settings["guidance_scale"],
             negative_prompt=settings["negative_prompt"],
-        ).to("cpu")
+        )
+        return inversion.to("cpu"), self.pipe.decode_source(inversion, "pil")[0]
 
     def _find(self, inversion: Inversion, word: str) -> np.ndarray:
         return self.pipe.generate_mask(inversion, mask_key(word))
@@ -211,7 +215,9 @@ class Studio:
             stop.set()
             thread.join()
 
-    def check_edit(self, picture: PIL.Image.Image, prompt: str, source_prompt: str, regions: Regions, settings) -> None:
+    def _check_edit(
+        self, picture: PIL.Image.Image, prompt: str, source_prompt: str, regions: Regions, settings
+    ) -> None:
         """Raise `ValueError` for what an edit would refuse, before its picture is inverted."""
         steps = {"num_inference_steps": settings["steps"], "guidance_scale": settings["guidance_scale"]}
         pixels, size = self.pipe.check_picture(
