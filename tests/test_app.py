@@ -21,7 +21,7 @@ gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 playwright = pytest.importorskip("playwright.sync_api")
 
-from mde_edit.tools.app import COLORS, ROOT, drawing_size, serve  # noqa: E402
+from mde_edit.tools.app import COLORS, ROOT, SHOWN, drawing_size, explain, serve  # noqa: E402
 from mde_edit.tools.publish import files_of_space  # noqa: E402
 from mde_edit.tools.studio import ATTRIBUTE, OBJECT, Studio, edit_arguments  # noqa: E402
 
@@ -259,6 +259,12 @@ def test_two_at_once_get_their_own(visit, studio, tmp_path):
         settings = json.loads(found["run.json"].read_text())["settings"]
         again = studio.pipe(**edit_arguments(inversion, settings["prompt"], regions, settings))
         assert np.array_equal(read(found["edited.png"]), again.images[0])
+
+
+def test_every_setting_is_explained():
+    texts = {name: explain(name) for name in SHOWN}
+    assert all(len(text) > 10 for text in texts.values()), texts
+    assert "lambda_2" in texts["ccl_weight"] and "DDIM" in texts["steps"]
 
 
 def test_it_fits_a_phone(visit):

@@ -68,7 +68,7 @@ class Session:
     inverted: tuple | None = None  # what it was made from
     reconstruction: PIL.Image.Image | None = None
     slots: list[Word | None] = field(default_factory=lambda: [None] * SLOTS)
-    drawn: dict[Word, np.ndarray] = field(default_factory=dict)  # bool, at the size it is painted at
+    drawn: dict[Word, np.ndarray] = field(default_factory=dict)  # (height, width) bool of any size
     folder: Path | None = None
 
     def show(self, words: list[Word]) -> list[int]:
@@ -127,14 +127,17 @@ def read_layers(value: dict | None) -> np.ndarray | None:
 
 
 def as_editor(picture: PIL.Image.Image, drawn: np.ndarray | None, color: str) -> dict[str, Any]:
-    """What an editor shows: the picture, and over it a layer of one color."""
+    """What an editor shows: the picture, and over it a layer of one color.
+
+    drawn: (height, width) bool of any size; None for nothing.
+    """
     size = drawing_size(picture)
     background = picture.resize(size, PIL.Image.Resampling.LANCZOS)
     if drawn is None:
         return {"background": background, "layers": [], "composite": None}
-    shape = np.asarray(PIL.Image.fromarray(drawn.astype(np.uint8) * round(255 * OPACITY)).resize(size, 0))
+    shape = resized(drawn, size) * np.uint8(round(255 * OPACITY))
     red, green, blue = (np.full_like(shape, int(color[i : i + 2], 16)) for i in (1, 3, 5))
-    layer = PIL.Image.fromarray(np.stack([red, green, blue, shape], axis=-1), "RGBA")
+    layer = PIL.Image.fromarray(np.stack([red, green, blue, shape], axis=-1))
     return {"background": background, "layers": [layer], "composite": None}
 
 
@@ -515,10 +518,8 @@ class Page:
         return updates
 
     def read_mask(self, session: Session, mask: PIL.Image.Image) -> np.ndarray:
-        """A mask's file as it is painted: (height, width) bool."""
-        width, height = session.picture.size
-        binary = as_binary_mask(mask, "The mask", [(height, width)])
-        return resized(binary.numpy() > 0, drawing_size(session.picture))
+        """A mask's file, (height, width) bool in its own size."""
+        return as_binary_mask(mask, "The mask", [session.picture.size[::-1]]).numpy() > 0
 
     def on_click(self, i: int):
         """What a click on a slot's picture does; gradio looks for the event in a plain function's annotations."""
@@ -528,8 +529,7 @@ class Page:
             updates[slot.refusal] = ""
             with self.telling(slot.refusal, updates):
                 mask = self.studio.segmenter(session.picture, points=[tuple(event.index)])
-                drawn = resized(mask, drawing_size(session.picture))
-                updates[slot.editor] = as_editor(session.picture, drawn, COLORS[i])
+                updates[slot.editor] = as_editor(session.picture, mask, COLORS[i])
             return updates
 
         return click
@@ -576,7 +576,7 @@ class Page:
             self.studio.check_word(source_prompt, word)
             updates |= self.inverted(session, image, source_prompt, self.read_settings(values))
             mask = self.studio.find(session.inversion, word)
-            updates[slot.editor] = as_editor(session.picture, resized(mask, drawing_size(session.picture)), COLORS[i])
+            updates[slot.editor] = as_editor(session.picture, mask, COLORS[i])
         return updates
 
     def on_edit(self, session: Session, image, prompt, source_prompt, objects, attributes, *rest):
