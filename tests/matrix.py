@@ -34,6 +34,7 @@ TESTS = (
     "denoise",
     "mde_pipeline",
     "embeds",
+    "arguments",
     "localize",
     "inputs",
     "threads",
