@@ -381,11 +381,12 @@ def predict(
     # Weights stored in fp8 are in the compute dtype only while their layer runs, not when the backward pass needs them.
     small = torch.is_grad_enabled() and any(p.is_floating_point() and p.itemsize == 1 for p in unet.parameters())
     saving = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack) if small else nullcontext()
+    dtype = unet.dtype  # a walk over all modules: once
     with saving, lora_strength(unet, lora_scale):
         return unet(
-            latents.to(unet.dtype),
+            latents.to(dtype),
             timestep,
-            encoder_hidden_states=embeds.to(unet.dtype),
+            encoder_hidden_states=embeds.to(dtype),
             cross_attention_kwargs=None if control is None else {"control": control},
             return_dict=False,
         )[0].float()

@@ -365,6 +365,7 @@ def test_a_changed_default_of_a_method_is_run_again(tiny, tiny_cases, tmp_path, 
     assert {entry["settings"]["self_replace_steps"] for entry in tables.read_results(tmp_path)} == {0.0}
 
 
+@pytest.mark.slow
 def test_tradeoff_counts_the_inversion_and_goes_on(tiny, tiny_cases, tmp_path, monkeypatch):
     command = ["--cases", str(tiny_cases), "--out", str(tmp_path), "--judge", "", "--steps", "5"]
     tradeoff.main([*command, "--iterations", "0", "2"])
@@ -414,6 +415,7 @@ def test_a_variant_may_have_steps_of_its_own(tiny, tiny_cases, tmp_path):
     assert by_label["none__steps=2"]["unet_calls"] < by_label["none"]["unet_calls"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_table_of_one(tmp_path):
     """Launched as two processes on a CPU: the same results, file by file."""
     cases = tmp_path / "cases"

@@ -50,6 +50,7 @@ def test_stable_diffusion_loads_the_embedded_model_without_our_code():
         assert shown[color][color] > 0.02 and shown[color][color] > shown[other][color] + 0.01, shown
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_null_text_reconstructs_within_one_db_of_the_vae_and_direct_exactly(pipe):
     case = load_example("cat_straw_hat")

@@ -103,7 +103,10 @@ LOCAL = {
 }
 
 
-@pytest.mark.parametrize("route", LOCAL)
+@pytest.mark.parametrize(
+    "route",
+    [route if route in ("folder", "from_pipe") else pytest.param(route, marks=pytest.mark.slow) for route in LOCAL],
+)
 def test_local_code(route, model, repository, expected, tmp_path):
     script = f"""
 from pathlib import Path
@@ -253,8 +256,18 @@ def test_a_saved_pipeline_loads_through_the_package_without_trust(saved, expecte
     assert type(pipe) is MDEEditPipeline and short_edit(pipe) == expected
 
 
-@pytest.mark.parametrize("form", ["", ', custom_pipeline="mde_edit"'], ids=["index", "name"])
-@pytest.mark.parametrize("place", ["hub", "folder"])
+BY_NAME = ', custom_pipeline="mde_edit"'
+
+
+@pytest.mark.parametrize(
+    "place, form",
+    [
+        pytest.param("hub", "", id="hub-index"),
+        pytest.param("folder", BY_NAME, id="folder-name"),
+        pytest.param("hub", BY_NAME, id="hub-name", marks=pytest.mark.slow),
+        pytest.param("folder", "", id="folder-index", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_repository_with_its_code(place, form, saved, hub, expected, tmp_path):
     hub.add("user/carrier", saved)
     name = "user/carrier" if place == "hub" else str(saved)
@@ -359,13 +372,13 @@ def run_tests_on_the_bundle(bundle, *names):
 
 
 def test_the_community_file_passes_the_packages_tests(bundle):
-    done = run_tests_on_the_bundle(bundle, "test_prompts", "test_masks", "test_losses")
+    done = run_tests_on_the_bundle(bundle, "test_prompts", "test_masks")
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.slow
 def test_the_community_file_passes_all_of_the_packages_tests(bundle):
     done = run_tests_on_the_bundle(
-        bundle, "test_attention_processors", "test_inversion", "test_denoise", "test_mde_pipeline"
+        bundle, "test_losses", "test_attention_processors", "test_inversion", "test_denoise", "test_mde_pipeline"
     )
     assert done.returncode == 0, done.stdout[-4000:]

@@ -297,6 +297,7 @@ def test_a_picture_is_judged_object_by_object(judged):
     assert all(value is not None for value in (*verdicts[1], *verdicts[2]))
 
 
+@pytest.mark.slow
 def test_the_report_measures_the_exported_folder_and_leaves_out_a_bad_judge(stages, judged, tmp_path, capsys):
     model = str(stages / "ldm" / "pipeline")
     report.main(
