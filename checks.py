@@ -1,7 +1,10 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""What a number, a name or a text has to be; every refusal names the argument and says what would do."""
+"""What a number, a name or a text has to be; every refusal names the argument and says what would do. And what the
+documentation says of an argument, for those who show it elsewhere."""
 
 import numbers
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import get_args
 
@@ -41,3 +44,10 @@ def check_text(name: str, value) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise ValueError(f"`{name}` is {value!r}: it holds half a character (a lone surrogate); remove it.") from None
+
+
+def told_of(name: str, document: str | None) -> str:
+    """What a docstring of diffusers' form says of an argument, on one line; empty if nothing."""
+    form = rf"^( +){name} \(.*?\):\n((?:\1 +.*\n|\n)+)"
+    found = re.search(form, textwrap.dedent(document or ""), re.MULTILINE)
+    return " ".join(found[2].split()) if found else ""

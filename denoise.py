@@ -201,8 +201,39 @@ def record_source(run: Run, i: int, t: torch.Tensor, edits: Sequence[Edit]) -> R
 
 def picture_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edits: Sequence[Edit]) -> list[Step]:
     """One step of all target prompts of a picture; `latents` (edits, channels, h, w) fp32."""
-    source = record_source(run, i, t, edits)
+    return edit_steps(run, i, t, latents, edits, record_source(run, i, t, edits))
+
+
+def edit_steps(
+    run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edits: Sequence[Edit], source: Record
+) -> list[Step]:
+    """[`edit_step`] of all target prompts of a picture; `latents` (edits, channels, h, w) fp32."""
     return [edit_step(run, i, t, z, edit, source) for z, edit in zip(latents.split(1), edits)]
+
+
+def join_steps(
+    i: int,
+    done: Sequence[Step],
+    losses: Sequence[list[dict[str, float]]],
+    maps: Sequence[dict[WordKey, list[torch.Tensor]]],
+) -> torch.Tensor:
+    """The latents of all edits after step `i`, (edits, channels, h, w) fp32. What the steps report is added to `losses`
+    and `maps`, which have one part per edit.
+
+    Raises:
+        FloatingPointError: the latents left the finite numbers.
+    """
+    latents = torch.cat([step.latents for step in done])
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError(
+            f"The latents left the finite numbers at step {i}. Lower `guidance_scale`, `step_size` or `max_update`, or"
+            " load the U-Net in float32."
+        )
+    for k, step in enumerate(done):
+        losses[k] += [{"step": i, **entry} for entry in step.losses]
+        for key, pair in step.maps.items():
+            maps[k].setdefault(key, []).append(pair)
+    return latents
 
 
 def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Edit, source: Record) -> Step:

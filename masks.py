@@ -1,7 +1,8 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
 """Masks: what a user draws, at every resolution that something reads it at, and M of Eq. 7-8."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -160,10 +161,18 @@ def source_words(masks: Sequence[Sequence[Masks | None]]) -> dict[WordKey, str]:
 
 def with_regions(masks: Sequence[Sequence[Masks | None]], regions: dict[WordKey, np.ndarray]):
     """`masks` with the region of each word in its place."""
+    return each_mask(masks, lambda value, name: regions[value] if _is_word(value) else value)
 
-    def drawn(value):
-        if _is_word(value):
-            return regions[value]
-        return [drawn(part) for part in value] if isinstance(value, (list, tuple)) else value
 
-    return [[d and {key: drawn(value) for key, value in d.items()} for d in dicts] for dicts in masks]
+def each_mask(masks: Sequence[Sequence[Masks | None]], form: Callable[[Any, str], Any]):
+    """`masks` with `form(value, name)` in the place of each value, in a list too; `name` is what an error calls it."""
+
+    def formed(value, name: str):
+        if isinstance(value, (list, tuple)) and not _is_word(value):
+            return [formed(part, name) for part in value]
+        return form(value, name)
+
+    return [
+        [d and {key: formed(value, f"{role}[{key!r}]") for key, value in d.items()} for d in dicts]
+        for role, dicts in zip(("object_masks", "attribute_masks"), masks)
+    ]

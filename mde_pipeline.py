@@ -6,7 +6,7 @@ is the API: check, prepare, loop, decode. The paper is in `denoise.py` (a step, 
 `attention_processors.py` (attention control) and `inversion.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from .attention_processors import (
 )
 from .bundle import CarriesItsCode
 from .checks import check_setting
-from .denoise import PRESETS, Edit, Region, Run, Settings, picture_step
+from .denoise import PRESETS, Edit, Region, Run, Settings, join_steps, picture_step
 from .inversion import (
     INVERSION_METHODS,
     Inversion,
@@ -104,6 +104,30 @@ class Source:
     reading: dict[str, Any]
     inversion: Inversion | None = None
     told: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The edits of one or several pictures, checked and not begun: what [`~MDEEditPipeline.plan`] gives.
+
+    sources: what the edits of each picture start from. parts: of each picture, its edits' prompts, generators, object
+    masks, attribute masks, embeddings and null embeddings (or `None`), each one per edit. checked: of each picture,
+    what [`~MDEEditPipeline.check_edits`] gives.
+    """
+
+    settings: Settings
+    sources: list[Source]
+    parts: list[tuple[list, ...]]
+    checked: list[tuple[dict, tuple]]
+
+
+# What of `__call__`'s arguments [`~MDEEditPipeline.plan`] takes beside the settings.
+PLANNED = (
+    *("prompt", "inversion", "image", "source_prompt", "object_masks", "attribute_masks", "num_inference_steps"),
+    *("inversion_method", "guidance_scale", "generator", "negative_prompt", "prompt_embeds", "negative_prompt_embeds"),
+    *("source_prompt_embeds", "height", "width", "num_images_per_prompt", "guidance_rescale", "cross_attention_kwargs"),
+    "clip_skip",
+)
 
 
 class MDEEditPipeline(CarriesItsCode, ReadsPrompts, StableDiffusionPipeline):
@@ -597,13 +621,22 @@ class MDEEditPipeline(CarriesItsCode, ReadsPrompts, StableDiffusionPipeline):
         Raises:
             ValueError: a word that is not in the prompt, before any pass; one that is nowhere in the picture.
         """
+        return self.generate_masks(inversion, [(word, "`word`")])[word]
+
+    def generate_masks(self, inversion: Inversion, words: Collection[tuple[WordKey, str]]) -> dict[WordKey, np.ndarray]:
+        """[`~MDEEditPipeline.generate_mask`] of several words at once.
+
+        Args:
+            words: each with what it is called in an error.
+        """
         self.check_model()
         self.check_inversion(inversion)
-        self.check_source_word(inversion.prompt, word, "`word`")
+        for word, name in words:
+            self.check_source_word(inversion.prompt, word, name)
         self.check_same_model(inversion, self.ddim_scheduler(inversion.num_inference_steps))
-        region = self.find_regions(inversion, {word: "`word`"})[word]
+        regions = self.find_regions(inversion, dict(words))
         self.maybe_free_model_hooks()
-        return region
+        return regions
 
     def find_regions(self, inversion: Inversion, words: dict[WordKey, str]) -> dict[WordKey, np.ndarray]:
         """The regions of several words, (height, width) bool each.
@@ -821,6 +854,77 @@ class MDEEditPipeline(CarriesItsCode, ReadsPrompts, StableDiffusionPipeline):
         )
         return run, edits
 
+    def plan(
+        self,
+        settings: Settings,
+        prompt: str | list[str],
+        inversion: Inversion | None = None,
+        image: PipelineImageInput | None = None,
+        source_prompt: str | list[str] | None = None,
+        object_masks: Masks | list[Masks | None] | None = None,
+        attribute_masks: Masks | list[Masks | None] | None = None,
+        num_inference_steps: int | None = None,
+        inversion_method: str = "null_text",
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        source_prompt_embeds: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_rescale: float | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+    ) -> Plan:
+        """All of a call's edits, as far as they can be checked and prepared before a pass on the picture. The arguments
+        are [`~MDEEditPipeline.__call__`]'s.
+
+        Raises:
+            ValueError: one that cannot be used; names it.
+        """
+        source = (inversion, image, source_prompt, num_inference_steps, inversion_method)
+        guidance = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
+        size = {"height": height, "width": width}
+        sources = self.check_sources(*source, guidance, size, clip_skip, cross_attention_kwargs)
+        prompts = per_picture(prompt, len(sources))
+        copies = check_setting("num_images_per_prompt", num_images_per_prompt, int, 1)
+        if copies > 1 and not settings.eta:
+            raise ValueError(
+                f"`num_images_per_prompt` is {copies} and edits without noise are all the same: set `eta` above 0."
+            )
+        embeds = self.check_embeds("prompt_embeds", prompt_embeds, len(prompts)) or [None] * len(prompts)
+        masks = [
+            per_prompt(m, len(prompts), n)
+            for m, n in ((object_masks, "object_masks"), (attribute_masks, "attribute_masks"))
+        ]
+        negative = (negative_prompt, negative_prompt_embeds)
+        nulls, sources = self.check_null_embeds(sources, *negative, source_prompt_embeds, len(prompts))
+        prompts, *masks, embeds, nulls = (repeated(values, copies) for values in (prompts, *masks, embeds, nulls))
+        generators = per_prompt_generators(generator, len(prompts))
+        columns = (prompts, generators, *masks, embeds, nulls)
+        parts = list(zip(*(split_evenly(values, len(sources)) for values in columns)))  # of each picture
+        checked = []
+        for source, (texts, noise, *drawn, _, _) in zip(sources, parts):
+            rest = (source.image_size, source.latent_size, settings, noise)
+            checked.append(self.check_edits(texts, source.prompt, drawn, *rest, **source.reading))
+        return Plan(settings, sources, parts, checked)
+
+    def prepare_runs(self, plan: Plan, capture_maps: bool = False) -> tuple[list[Run], list[Edit], torch.Tensor]:
+        """What the steps of a plan need; inverts what is not inverted.
+
+        Returns:
+            a run per picture, all edits, picture by picture, and (edits, channels, h, w) fp32, each edit's z_T.
+        """
+        scheduler = self.ddim_scheduler(plan.sources[0].num_inference_steps)
+        rest = (scheduler, plan.settings, capture_maps)
+        pictures = zip(plan.sources, plan.checked, plan.parts)
+        prepared = [self.prepare_run(*picture, *rest) for picture in pictures]
+        runs, edits = [run for run, _ in prepared], [edit for _, own in prepared for edit in own]
+        starts = [run.inversion.source_latents(0) for run in runs]
+        return runs, edits, torch.cat(repeated(starts, len(edits) // len(runs)))
+
     @torch.inference_mode(False)  # a tensor made in inference mode can have no gradient, and Eq. 7 needs one
     @torch.no_grad()
     def __call__(
@@ -983,45 +1087,16 @@ class MDEEditPipeline(CarriesItsCode, ReadsPrompts, StableDiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(guidance_scale, output_type, *callback, refused)
-        source = (inversion, image, source_prompt, num_inference_steps, inversion_method)
-        guidance = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
-        size = {"height": height, "width": width}
-        sources = self.check_sources(*source, guidance, size, clip_skip, cross_attention_kwargs)
-        prompts = per_picture(prompt, len(sources))
-        copies = check_setting("num_images_per_prompt", num_images_per_prompt, int, 1)
-        if copies > 1 and not settings.eta:
-            raise ValueError(
-                f"`num_images_per_prompt` is {copies} and edits without noise are all the same: set `eta` above 0."
-            )
-        embeds = self.check_embeds("prompt_embeds", prompt_embeds, len(prompts)) or [None] * len(prompts)
-        masks = [
-            per_prompt(m, len(prompts), n)
-            for m, n in ((object_masks, "object_masks"), (attribute_masks, "attribute_masks"))
-        ]
-        negative = (negative_prompt, negative_prompt_embeds)
-        nulls, sources = self.check_null_embeds(sources, *negative, source_prompt_embeds, len(prompts))
-        prompts, *masks, embeds, nulls = (repeated(values, copies) for values in (prompts, *masks, embeds, nulls))
-        generators = per_prompt_generators(generator, len(prompts))
-        columns = (prompts, generators, *masks, embeds, nulls)
-        parts = list(zip(*(split_evenly(values, len(sources)) for values in columns)))  # of each picture
+        plan = self.plan(settings, **{name: arguments[name] for name in PLANNED})
 
         # 2. Prepare each picture and its edits: words, masks, alignment, text; then invert
-        checked = []
-        for source, (texts, noise, *drawn, _, _) in zip(sources, parts):
-            rest = (source.image_size, source.latent_size, settings, noise)
-            checked.append(self.check_edits(texts, source.prompt, drawn, *rest, **source.reading))
-        steps = sources[0].num_inference_steps
-        scheduler = self.ddim_scheduler(steps)
-        rest = (scheduler, settings, output_attention_maps)
-        prepared = [self.prepare_run(*picture, *rest) for picture in zip(sources, checked, parts)]
-        runs, edits = [run for run, _ in prepared], [edit for _, own in prepared for edit in own]
+        runs, edits, latents = self.prepare_runs(plan, output_attention_maps)
 
         # 3. Denoise
-        starts = [run.inversion.source_latents(0) for run in runs]
-        latents = torch.cat(repeated(starts, len(edits) // len(runs)))  # (edits, channels, h, w), each at its z_T
         losses: list[list[dict[str, float]]] = [[] for _ in edits]
         maps: list[dict[WordKey, list[torch.Tensor]]] = [{} for _ in edits]
-        control, bar = attention_control(self.unet), self.progress_bar(total=steps)
+        scheduler = runs[0].scheduler
+        control, bar = attention_control(self.unet), self.progress_bar(total=len(scheduler.timesteps))
         with control as nested, self.talk_to_callbacks(runs[0], nested), bar as progress:
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
@@ -1030,16 +1105,7 @@ class MDEEditPipeline(CarriesItsCode, ReadsPrompts, StableDiffusionPipeline):
                 runs = [replace(run, **guidance) for run in runs]
                 shares = zip(runs, latents.chunk(len(runs)), split_evenly(edits, len(runs)))
                 done = [step for run, z, own in shares for step in picture_step(run, i, t, z, own)]
-                latents = torch.cat([step.latents for step in done])
-                if not torch.isfinite(latents).all():
-                    raise FloatingPointError(
-                        f"The latents left the finite numbers at step {i}. Lower `guidance_scale`, `step_size` or"
-                        " `max_update`, or load the U-Net in float32."
-                    )
-                for k, step in enumerate(done):
-                    losses[k] += [{"step": i, **entry} for entry in step.losses]
-                    for key, pair in step.maps.items():
-                        maps[k].setdefault(key, []).append(pair)
+                latents = join_steps(i, done, losses, maps)
                 if done[-1].losses:
                     shown = {k: f"{v:.3f}" for k, v in done[-1].losses[-1].items() if k in ("oal", "ccl")}
                     progress.set_postfix(shown)

@@ -5,10 +5,8 @@ What it does is in `studio.py`. What belongs to a user is in that user's [`Sessi
 """
 
 import json
-import re
 import shutil
 import tempfile
-import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ import numpy as np
 import PIL.Image
 from matplotlib.figure import Figure
 
-from ..checks import check_setting
+from ..checks import check_setting, told_of
 from ..denoise import PRESETS
 from ..inversion import Inversion
 from ..masks import as_binary_mask
@@ -143,12 +141,9 @@ def as_editor(picture: PIL.Image.Image, drawn: np.ndarray | None, color: str) ->
 
 def explain(name: str) -> str:
     """What a setting does, in the words of the pipeline's own documentation."""
-    told = {"steps": "num_inference_steps"}.get(name, name)
-    for document in (MDEEditPipeline.invert.__doc__, MDEEditPipeline.__call__.__doc__):
-        found = re.search(rf"^( +){told} \(.*?\):\n((?:\1 +.*\n|\n)+)", textwrap.dedent(document), re.MULTILINE)
-        if found:
-            return " ".join(found[2].split())
-    return OPTIONS["edit"][name].help
+    argument = {"steps": "num_inference_steps"}.get(name, name)
+    documents = (MDEEditPipeline.invert.__doc__, MDEEditPipeline.__call__.__doc__)
+    return next(filter(None, (told_of(argument, document) for document in documents)), OPTIONS["edit"][name].help)
 
 
 def presets(embedded: bool) -> dict[str, dict[str, Any]]:
