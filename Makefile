@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= demo_out
 
 .PHONY: demo app examples gallery train model-report bench-quick bench bench-tune bench-tradeoff test test-app test-slow \
-	test-matrix diffusers-suite fuzz lint bundle hub space clean
+	test-matrix diffusers-suite fuzz lint bundle blocks hub space clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -102,10 +102,14 @@ bundle: $(VENV)/demo
 	$(BIN)/mde-edit bundle --out build/community/mde_edit.py
 	cp community/README.md build/community/
 
-# make hub REPO=user/name [MODEL=emoji_ldm] [DRY=1]
+# The folder that `ModularPipelineBlocks.from_pretrained` loads; docs/modular.md.
+blocks: $(VENV)/demo
+	$(BIN)/mde-edit bundle --blocks --out build/blocks
+
+# make hub REPO=user/name [MODEL=emoji_ldm | BLOCKS=1] [DRY=1]
 hub: $(VENV)/demo
 	$(BIN)/mde-edit push $(or $(REPO),$(error say where to: make hub REPO=user/name)) \
-		$(if $(MODEL),--with-model $(MODEL)) $(if $(DRY),--dry-run)
+		$(if $(MODEL),--with-model $(MODEL)) $(if $(BLOCKS),--blocks) $(if $(DRY),--dry-run)
 
 # make space REPO=user/name [DRY=1]
 space: $(VENV)/demo

@@ -41,6 +41,7 @@ TESTS = (
     "dropin",
     "doors",
     "publish",
+    "modular",
 )
 
 

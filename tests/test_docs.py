@@ -10,6 +10,7 @@ import json
 import re
 
 import pytest
+from mde_edit.tools.publish import files_of_blocks
 
 from .door_kit import ROOT, clone, run_script
 from .loopback_hub import Hub
@@ -45,6 +46,7 @@ def hub(tmp_path_factory):
     hub.add("CompVis/stable-diffusion-v1-4", ROOT / "emoji_ldm")
     hub.add("user/mde-edit", clone(tmp_path_factory.mktemp("hub") / "mde_edit"))
     hub.add("user/emoji-ldm-mde", carrier)
+    hub.add("user/mde-edit-blocks", files_of_blocks(ROOT))
     with hub.running():
         yield hub
 

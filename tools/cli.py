@@ -34,7 +34,7 @@ from .edit import (
 )
 from .measure import measured, peak_memory_mib
 from .options import parse_region, read_arguments
-from .publish import files_of_space, files_to_push, push
+from .publish import files_of_blocks, files_of_space, files_to_push, push
 from .segment import load_segmenter
 from .sheet import draw_sheet, overlay
 
@@ -152,15 +152,22 @@ def run_batch(args: argparse.Namespace) -> str | None:
 
 
 def run_bundle(args: argparse.Namespace) -> str:
-    source = self_contained_source(MDEEditPipeline.source_file)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(source, encoding="utf-8")
+    out = Path(args.out)
+    if args.blocks:
+        files = {check_out(args.out, folder=True) / name: data for name, data in files_of_blocks(ROOT).items()}
+    else:
+        files = {out: self_contained_source(MDEEditPipeline.source_file).encode()}
+    for path, data in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
     return f"wrote {args.out}"
 
 
 def run_push(args: argparse.Namespace) -> str:
     if args.space:
         files = files_of_space(ROOT)
+    elif args.blocks:
+        files = files_of_blocks(ROOT)
     else:
         files = files_to_push(ROOT, Path(args.with_model) if args.with_model else None)
     listing = "".join(f"{len(data):>10}  {path}\n" for path, data in files.items())

@@ -1,8 +1,9 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
 """What `mde-edit push` uploads: the pipeline's code and card and, on request, a model that brings this code with it; or
-a Space."""
+the blocks for Modular Diffusers; or a Space."""
 
 import json
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -37,6 +38,32 @@ def files_to_push(root: Path, model: Path | None = None) -> dict[str, bytes]:
         index = {**json.loads(files["model_index.json"]), "_class_name": MDEEditPipeline._index_name()}
         files["model_index.json"] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
         files[f"{MDEEditPipeline.module_name}.py"] = self_contained_source(root / "mde_pipeline.py").encode()
+    return dict(sorted(files.items()))
+
+
+def files_of_blocks(root: Path) -> dict[str, bytes]:
+    """What `ModularPipelineBlocks.from_pretrained(name, trust_remote_code=True)` loads, {path: bytes}: the blocks in
+    one file, the config that names them, card and license.
+
+    Args:
+        root: a clone of this repository. Its `blocks_card.md` becomes the repository's `README.md`.
+
+    Raises:
+        ValueError: `root` lacks a file, or diffusers has no Modular Diffusers to write the config.
+    """
+    try:
+        from ..mde_blocks import MDEEditBlocks
+    except ImportError as error:
+        raise ValueError(f"The blocks need diffusers 0.37 or newer ({error}).") from error
+
+    sources = {"LICENSE": root / "LICENSE", "README.md": root / "blocks_card.md"}
+    missing = [str(path) for path in sources.values() if not path.is_file()]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not found: write the blocks from a clone of the repository.")
+    files = {name: path.read_bytes() for name, path in sources.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        MDEEditBlocks().save_pretrained(folder)
+        files |= {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     return dict(sorted(files.items()))
 
 
