@@ -39,6 +39,9 @@ from .masks import Masks, each_mask, source_words, with_regions
 from .mde_pipeline import MDEEditPipeline, per_prompt
 
 
+if "metadata" not in {field.name for field in fields(InputParam)}:
+    raise ImportError("The Modular Diffusers of this release of diffusers is another one: 0.37 or newer is needed.")
+
 COMPONENTS = {
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
