@@ -255,9 +255,8 @@ def test_components_manager_moves_the_models_for_the_blocks(model, asked, expect
         )[1]
     images = modular(**asked, output_type="np", output="images")
     assert set(calls) == {"AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"}
-    assert (
-        np.abs(images - expected[0].images).max() < 1e-3
-    )  # weights that were moved lie elsewhere, and are summed otherwise
+    # not bit for bit: weights that were moved lie elsewhere in memory, and are summed in another order
+    assert np.abs(images - expected[0].images).max() < 1e-3
 
 
 def test_mellon_nodes_can_be_made():
