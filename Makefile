@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo app examples gallery train model-report bench-quick bench bench-tune bench-tradeoff test test-app test-slow \
-	test-matrix diffusers-suite fuzz lint bundle blocks hub space clean
+.PHONY: demo app examples gallery train model-report bench-quick bench bench-tune bench-tradeoff bench-engine test \
+	test-app test-slow test-matrix diffusers-suite fuzz lint bundle blocks hub space clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -63,6 +63,10 @@ bench-tune: $(VENV)/bench
 bench-tradeoff: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set dev --out bench_out/dev/cases
 	$(SPREAD) -m benchmarks.tradeoff --cases bench_out/dev/cases --out bench_out/tradeoff $(if $(LIMIT),--limit $(LIMIT))
+
+# What an edit costs at Stable Diffusion 1.4's size, with random weights: [DTYPE=bfloat16] on a GPU.
+bench-engine: $(VENV)/bench
+	$(BIN)/python -m benchmarks.engine --out bench_out/engine.md $(if $(DTYPE),--dtype $(DTYPE))
 
 # Models this small only lose by sharing their work: one thread each, one process per core.
 test: $(VENV)/test

@@ -32,11 +32,7 @@ class NaiveProcessor:
             own = probs[-heads:]
             tape.own[self.name] = own
             if cross and tape.cross:
-                mixed = own.clone()
-                for j in range(own.shape[-1]):
-                    if tape.alignment.shared[j]:
-                        mixed[..., j] = tape.source[self.name][..., tape.alignment.mapper[j]]
-                own = mixed
+                own = torch.where(tape.alignment.shared, tape.source[self.name][..., tape.alignment.mapper], own)
             elif not cross and self.name in tape.self_names:
                 own = tape.source[self.name]
             probs = torch.cat([probs[:-heads], own])
@@ -61,7 +57,7 @@ def naive_edit(
 
     def run(mode, z, t, embeds):
         tape.mode = mode
-        return unet(z, t, encoder_hidden_states=embeds).sample
+        return unet(z.to(unet.dtype), t, encoder_hidden_states=embeds.to(unet.dtype)).sample.float()
 
     z = inversion.latents[:1].clone()
     try:
