@@ -107,6 +107,6 @@ def test_the_table_says_what_is_met(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "seconds_of", lambda scene, kind, repeats: 2.0)
     engine.main(["--out", str(tmp_path / "engine.md")])
     text = (tmp_path / "engine.md").read_text()
-    assert "| guidance loop | 1.000 | 1.000 | 1.000 | 0.40, 0.5 | FLOPs **no**, seconds yes, peak **no** |" in text
+    assert "| guidance loop | 1.000 | 1.000 | 1.000 | 0.40, 0.5 | FLOPs **no**, peak **no**, seconds yes |" in text
     assert f"| an edit, inverted before | {391 / 451:.3f} | " in text
     assert "| naive edit | 451.0 | 902 | 1.00 | 300 naive iteration, 150 naive pass, 1 decode |" in text
