@@ -78,7 +78,9 @@ def test_peak_is_of_what_is_held_and_not_of_what_was_there():
         assert memory.now == 4000
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=pytest.mark.slow) if name == "naive null_text" else name for name in PROGRAMS]
+)
 def test_a_program_is_its_passes(scene, program, monkeypatch):
     """FLOPs of a whole run = those of each kind of pass, times how many the formula says."""
     monkeypatch.setattr(engine, "INNER_STEPS", 2)
