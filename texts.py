@@ -47,11 +47,15 @@ class ReadsPrompts:
         with lock_of(self.tokenizer):
             check_prompt_length(self.tokenizer, self.spell_out(prompt))
 
+    def word_indices(self, prompt: str, word: WordKey) -> tuple[int, ...]:
+        """The token positions of `word` in `prompt`; see [`find_token_indices`]."""
+        with lock_of(self.tokenizer):
+            return find_token_indices(self.tokenizer, self.spell_out(prompt), self.spell_out_key(word))
+
     def check_source_word(self, source_prompt: str, word: WordKey, name: str) -> tuple[int, ...]:
         """Its token positions in the source prompt; raises `ValueError` that says `name`."""
         try:
-            with lock_of(self.tokenizer):
-                return find_token_indices(self.tokenizer, self.spell_out(source_prompt), self.spell_out_key(word))
+            return self.word_indices(source_prompt, word)
         except ValueError as error:
             hint = " A mask's file has to be opened: `PIL.Image.open(...)`." if "." in str(word) else ""
             raise ValueError(f"{name} names no word of the source prompt: {error}{hint}") from error

@@ -13,7 +13,7 @@ from mde_edit.tools.options import OPTIONS, read_arguments
 from mde_edit.tools.studio import (
     ATTRIBUTE,
     OBJECT,
-    SETTING_NAMES,
+    SHOWN,
     Progress,
     Studio,
     as_command,
@@ -28,8 +28,7 @@ from mde_edit.tools.studio import (
 from .conftest import SOURCE, TARGET, make_pipe
 
 
-NAMES = ("method", "steps", "guidance_scale", "negative_prompt", "seed", *SETTING_NAMES)
-USUAL = {name: OPTIONS["edit"][name].default for name in NAMES}
+USUAL = {name: OPTIONS["edit"][name].default for name in SHOWN}
 QUICK = {**USUAL, "method": "direct", "steps": 4, "guidance_scale": 3.0, "optimization_iterations": 1}
 
 
@@ -206,7 +205,7 @@ def test_the_script_and_the_command_say_the_same_edit(
 
     command = shlex.split(as_command("model", SOURCE, TARGET, regions, settings).replace("\\\n", ""))
     args = vars(read_arguments(command[1:]))
-    assert {name: args[name] for name in NAMES} == settings
+    assert {name: args[name] for name in SHOWN} == settings
     assert args["object"] == {"dog": [mask_file(OBJECT, "dog")]}
     assert args["attribute"] == {"red": [mask_file(ATTRIBUTE, "red")]}
     assert (args["model"], args["source_prompt"], args["prompt"]) == ("model", SOURCE, TARGET)

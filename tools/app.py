@@ -30,7 +30,7 @@ from .sheet import attention_panels, plot_losses
 from .studio import (
     ATTRIBUTE,
     OBJECT,
-    SETTING_NAMES,
+    SHOWN,
     Progress,
     Regions,
     Studio,
@@ -47,7 +47,6 @@ SLOTS = 8  # words of one edit; the page's parts have to be there before anybody
 DRAWN_AT = 512  # pixels of the longer side, at least: smaller pictures are enlarged to be painted on
 COLORS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 OPACITY = 0.6
-SHOWN = ("method", "steps", "guidance_scale", "negative_prompt", "seed", *SETTING_NAMES)
 REFUSALS = (ValueError, FloatingPointError, OSError, RuntimeError)
 
 # Of one width however many are shown: an editor that is resized while it opens shows its picture out of place.

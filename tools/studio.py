@@ -21,13 +21,15 @@ from ..attention_processors import lock_of
 from ..denoise import Settings
 from ..inversion import Inversion
 from ..mde_pipeline import MDEEditPipeline, MDEEditPipelineOutput
-from ..prompts import find_token_indices, prompt_phrases
+from ..prompts import prompt_phrases
 from .edit import as_rgb, closeness, versions
 from .options import OPTIONS, mask_key
 
 
 OBJECT, ATTRIBUTE = "object", "attribute"
 SETTING_NAMES = tuple(setting.name for setting in fields(Settings))
+# What can be set on the page: of the inversion, then of the edit.
+SHOWN = ("method", "steps", "guidance_scale", "negative_prompt", "seed", *SETTING_NAMES)
 # A word's region as the page draws it: (role, word) -> (height, width) bool.
 Regions = dict[tuple[str, str], np.ndarray]
 
@@ -91,20 +93,21 @@ class Studio:
 
     def words(self, prompt: str) -> list[str]:
         """What can be named in a prompt, as the command line writes it: "dog", or "dog:1" for the second."""
-        words = [word for word, _ in self.pipe.tokens(prompt)]
+        words = self._split(prompt)
         return [_label(words, i, i + 1) for i in range(len(words)) if any(map(str.isalnum, words[i]))]
+
+    def _split(self, prompt: str) -> list[str]:
+        return [word for word, _ in self.pipe.tokens(prompt)]
 
     def check_word(self, prompt: str, word: str) -> None:
         """Raise `ValueError` unless `word` names a word or phrase of `prompt`."""
-        pipe = self.pipe
-        with lock_of(pipe.tokenizer):
-            find_token_indices(pipe.tokenizer, pipe.spell_out(prompt), pipe.spell_out_key(mask_key(word)))
+        self.pipe.word_indices(prompt, mask_key(word))
 
     def propose(self, source_prompt: str, prompt: str) -> tuple[list[str], list[str]]:
         """Which words of the target prompt are new: objects, and attributes (those that another word follows in their
         phrase: "red" in "a red hat"). A proposal: grammar knows better."""
         new, phrases = self._compare(source_prompt, prompt)[:2]
-        words = [word for word, _ in self.pipe.tokens(prompt)]
+        words = self._split(prompt)
         named: tuple[list[str], list[str]] = ([], [])
         for first, last in phrases:
             for i in range(first, last):
@@ -114,27 +117,24 @@ class Studio:
 
     def propose_source(self, source_prompt: str, prompt: str, word: str) -> str | None:
         """What the source prompt calls the thing that `word` of the target is about."""
-        new, phrases, counterparts, source_phrases = self._compare(source_prompt, prompt)
-        places = {label: i for i, label in self._places(prompt)}
+        _, phrases, counterparts, source_phrases = self._compare(source_prompt, prompt)
+        words = self._split(prompt)
+        places = {_label(words, i, i + 1): i for i in range(len(words))}
         text = word if word in places else word.split()[-1] if word.strip() else ""
         if text not in places:
             return None
         head = next((last - 1 for first, last in phrases if first <= places[text] < last), places[text])
         there = counterparts.get(head)
-        source_words = [word for word, _ in self.pipe.tokens(source_prompt)]
+        source_words = self._split(source_prompt)
         for first, last in source_phrases:
             if there is not None and first <= there < last:
                 return _label(source_words, first, last)
         return None
 
-    def _places(self, prompt: str) -> list[tuple[int, str]]:
-        words = [word for word, _ in self.pipe.tokens(prompt)]
-        return [(i, _label(words, i, i + 1)) for i in range(len(words))]
-
     def _compare(self, source_prompt: str, prompt: str):
         """New words of the target (indices), its phrases (spans of words), the place of its words in the source, and
         the source's phrases."""
-        source, target = ([word for word, _ in self.pipe.tokens(text)] for text in (source_prompt, prompt))
+        source, target = self._split(source_prompt), self._split(prompt)
         source_phrases, phrases = self._phrases(source_prompt), self._phrases(prompt)
         content = {i for first, last in source_phrases for i in range(first, last)}
         new: set[int] = set()
@@ -320,8 +320,7 @@ def as_command(model: str, source_prompt: str, prompt: str, regions: Regions, se
         words += [f"--{name.replace('_', '-')}", value]
     for role, word in regions:
         words += [f"--{role}", f"{word}={mask_file(role, word)}"]
-    changed = _changed(settings, ("method", "steps", "guidance_scale", "negative_prompt", "seed", *SETTING_NAMES))
-    for name, value in changed.items():
+    for name, value in _changed(settings, SHOWN).items():
         words += [f"--{name.replace('_', '-')}", str(value).lower() if value is None else str(value)]
     pairs = [shlex.join(words[i : i + 2]) for i in range(0, len(words), 2)]
     return " \\\n  ".join([*pairs, "--out edit"])
