@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
+from .conditioning import Conditioning
 from .prompts import TokenAlignment
 
 
@@ -363,7 +364,7 @@ def predict(
     unet,
     latents: torch.Tensor,
     timestep: torch.Tensor,
-    embeds: torch.Tensor,
+    conditioning: Conditioning,
     control: Record | Inject | None = None,
     lora_scale: float = 1.0,
 ) -> torch.Tensor:
@@ -371,7 +372,7 @@ def predict(
 
     Args:
         latents: (batch, channels, h, w).
-        embeds: (batch, tokens, dim).
+        conditioning: of as many rows.
         control: what the attention layers do in this call, inside [`attention_control`].
         lora_scale: of the adapters in this call, times the strengths they have.
 
@@ -386,7 +387,7 @@ def predict(
         return unet(
             latents.to(dtype),
             timestep,
-            encoder_hidden_states=embeds.to(dtype),
+            **conditioning.to(dtype).unet_arguments(),
             cross_attention_kwargs=None if control is None else {"control": control},
             return_dict=False,
         )[0].float()
@@ -405,7 +406,7 @@ def own_maps(
     unet,
     latents: torch.Tensor,
     timestep: torch.Tensor,
-    embeds: torch.Tensor,
+    conditioning: Conditioning,
     control: Inject,
     layers: Sequence[AttentionLayer],
     lora_scale: float = 1.0,
@@ -419,7 +420,7 @@ def own_maps(
     names = frozenset(layer.name for layer in layers)
     control = replace(control, capture_layers=names, captured=captured, exit_after=layers[-1].name)
     try:
-        predict(unet, latents, timestep, embeds, control, lora_scale)
+        predict(unet, latents, timestep, conditioning, control, lora_scale)
     except UNetExit:
         pass
     return stack_maps(captured, layers)

@@ -22,6 +22,7 @@ from .attention_processors import (
     stack_maps,
 )
 from .checks import check_setting
+from .conditioning import Conditioning, join_conditioning
 from .inversion import Inversion, guided_noise
 from .losses import aggregate_maps, color_consistency_loss, object_alignment_loss, spatial_ratio_loss, word_map
 from .prompts import TokenAlignment, WordKey
@@ -94,27 +95,27 @@ class Region(NamedTuple):
 class Edit:
     """One target prompt, ready for the loop.
 
-    prompt_embeds: (1, tokens, dim). alignment: with the source prompt, edited words counted as new.
+    conditioning: of one row. alignment: with the source prompt, edited words counted as new.
     objects, attributes: the regions of OAL and CCL. mask: (1, 1, h, w) bool, M of Eq. 7-8, or None without masks (then
-    there is nothing to hold the edit to). generator: of the noise that `eta` adds. null_embeds: (1, tokens, dim), of
-    the edit's own negative prompt; without one, the inversion's.
+    there is nothing to hold the edit to). generator: of the noise that `eta` adds. null: of the edit's own negative
+    prompt; without one, the inversion's.
     """
 
-    prompt_embeds: torch.Tensor
+    conditioning: Conditioning
     alignment: TokenAlignment
     objects: Sequence[Region]
     attributes: Sequence[Region]
     mask: torch.Tensor | None
     generator: torch.Generator | None = None
-    null_embeds: torch.Tensor | None = None
+    null: Conditioning | None = None
 
 
 @dataclass(frozen=True)
 class Run:
     """What all steps and all target prompts of one picture share, and which mechanism acts at which step.
 
-    scheduler: a `DDIMScheduler`, timesteps set. inversion: on the U-Net's device. source_embeds: (1, tokens, dim).
-    guidance_rescale: see [`guided_noise`].
+    scheduler: a `DDIMScheduler`, timesteps set. inversion: on the U-Net's device. source_conditioning: of one
+    row, the source prompt. guidance_rescale: see [`guided_noise`].
     layers: all of the U-Net's attention layers; loss_layers: those the losses read. capture_maps: whether [`Step.maps`]
     is asked for.
     """
@@ -122,7 +123,7 @@ class Run:
     unet: torch.nn.Module
     scheduler: Any
     inversion: Inversion
-    source_embeds: torch.Tensor
+    source_conditioning: Conditioning
     guidance_scale: float
     settings: Settings
     layers: Sequence[AttentionLayer]
@@ -134,10 +135,10 @@ class Run:
         """A share of the steps as their number."""
         return round(share * self.inversion.num_inference_steps)
 
-    def null_embed(self, i: int, edit: Edit) -> torch.Tensor:
-        """The unconditional embedding of step `i`, (1, tokens, dim)."""
-        null = self.inversion.null_embed(i) if edit.null_embeds is None else edit.null_embeds
-        return null.to(edit.prompt_embeds)
+    def null(self, i: int, edit: Edit) -> Conditioning:
+        """The unconditional row of step `i`."""
+        null = self.inversion.null(i) if edit.null is None else edit.null
+        return null.to(edit.conditioning.embeds)
 
     def injects_cross(self, i: int) -> bool:
         return i < self.steps(self.settings.cross_replace_steps)
@@ -195,7 +196,7 @@ def record_source(run: Run, i: int, t: torch.Tensor, edits: Sequence[Edit]) -> R
     record = Record(*(frozenset(layer.name for layer in layers) for layers in (cross_layers, self_layers)))
     if cross_layers or self_layers:
         latents = run.inversion.source_latents(i)
-        predict(run.unet, latents, t, run.source_embeds, record, run.inversion.lora_scale)
+        predict(run.unet, latents, t, run.source_conditioning, record, run.inversion.lora_scale)
     return record
 
 
@@ -255,11 +256,11 @@ def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Ed
     if run.capture_maps and run.optimizes(i):
         inject = replace(inject, capture_layers=frozenset(layer.name for layer in run.loss_layers))
     if run.guidance_scale > 1:  # classifier-free guidance
-        embeds = torch.cat([run.null_embed(i, edit), edit.prompt_embeds])
-        pair = predict(run.unet, latents.repeat(2, 1, 1, 1), t, embeds, inject, lora_scale)
+        both = join_conditioning([run.null(i, edit), edit.conditioning])
+        pair = predict(run.unet, latents.repeat(2, 1, 1, 1), t, both, inject, lora_scale)
         noise = guided_noise(*pair.chunk(2), run.guidance_scale, run.guidance_rescale)
     else:
-        noise = predict(run.unet, latents, t, edit.prompt_embeds, inject, lora_scale)
+        noise = predict(run.unet, latents, t, edit.conditioning, inject, lora_scale)
     latents = run.scheduler.step(noise, t, latents, eta=run.settings.eta, generator=edit.generator).prev_sample
 
     if edit.mask is not None and run.blends(i):  # Eq. 8: outside M the picture is the source's
@@ -301,7 +302,7 @@ def guide_latents(
         with torch.enable_grad():
             latents = latents.detach().requires_grad_()
             lora_scale = run.inversion.lora_scale
-            maps = own_maps(run.unet, latents, t, edit.prompt_embeds, inject, run.loss_layers, lora_scale)
+            maps = own_maps(run.unet, latents, t, edit.conditioning, inject, run.loss_layers, lora_scale)
             losses = edit_losses(maps, shared_attention, edit, settings)
             grad = gradient(losses["loss"], latents, run.unet.dtype)
         if not (torch.isfinite(losses["loss"]) and torch.isfinite(grad).all()):

@@ -18,9 +18,13 @@ from safetensors.torch import save_file
 
 from .attention_processors import Record, gradient, predict
 from .checks import check_setting, check_text
+from .conditioning import Conditioning
 
 
 INVERSION_METHODS = ("null_text", "negative_prompt", "direct")
+
+# What inversions of each family of models are called in them, the models, and the class that edits with them.
+FAMILIES = {"sd": ("Stable Diffusion 1.x/2.x", "MDEEditPipeline"), "sdxl": ("SDXL", "MDEEditXLPipeline")}
 
 # Of a prediction's norm, by the U-Net's dtype. Measured on emoji_ldm: rounding 3e-7, 5e-4 and 4e-3, weights moved by a
 # thousandth 1.3e-3, a LoRA at 0.9 of its strength 2e-3; fp32 leaves room for TF32.
@@ -42,14 +46,14 @@ def guided_noise(
 
 @torch.no_grad()
 def ddim_invert(
-    unet, inverse_scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, progress, lora_scale: float = 1.0
+    unet, inverse_scheduler, latents: torch.Tensor, conditioning: Conditioning, progress, lora_scale: float = 1.0
 ) -> torch.Tensor:
     """DDIM inversion at guidance 1: one conditional pass per step.
 
     Args:
         inverse_scheduler: a `DDIMInverseScheduler` with its timesteps set.
         latents: (1, channels, h, w) fp32, z_0.
-        prompt_embeds: (1, tokens, dim), the source prompt.
+        conditioning: of one row, the source prompt.
         progress: a tqdm bar, advanced by one per step.
         lora_scale: see [`predict`].
 
@@ -58,7 +62,7 @@ def ddim_invert(
     """
     trajectory = [latents]
     for t in inverse_scheduler.timesteps:
-        noise = predict(unet, latents, t, prompt_embeds, lora_scale=lora_scale)
+        noise = predict(unet, latents, t, conditioning, lora_scale=lora_scale)
         latents = inverse_scheduler.step(noise, t, latents).prev_sample
         trajectory.append(latents)
         progress.update()
@@ -67,7 +71,7 @@ def ddim_invert(
 
 @torch.no_grad()
 def sample_source(
-    unet, scheduler, latents: torch.Tensor, prompt_embeds: torch.Tensor, progress, lora_scale: float = 1.0
+    unet, scheduler, latents: torch.Tensor, conditioning: Conditioning, progress, lora_scale: float = 1.0
 ) -> torch.Tensor:
     """DDIM sampling at guidance 1: where the source prompt leads from z_T when it is its own negative prompt
     (negative-prompt inversion, arXiv 2305.16807, Eq. 6: the guidance term vanishes for the source).
@@ -77,7 +81,7 @@ def sample_source(
     """
     trajectory = [latents]
     for t in scheduler.timesteps:
-        noise = predict(unet, latents, t, prompt_embeds, lora_scale=lora_scale)
+        noise = predict(unet, latents, t, conditioning, lora_scale=lora_scale)
         latents = scheduler.step(noise, t, latents).prev_sample
         trajectory.append(latents)
         progress.update()
@@ -88,8 +92,8 @@ def optimize_null_embeds(
     unet,
     scheduler,
     trajectory: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    null_embeds: torch.Tensor,
+    conditioning: Conditioning,
+    empty: Conditioning,
     guidance_scale: float,
     num_inner_steps: int,
     early_stop_epsilon: float,
@@ -107,7 +111,8 @@ def optimize_null_embeds(
     Args:
         scheduler: a `DDIMScheduler` with its timesteps set.
         trajectory: (steps + 1, channels, h, w) fp32 from [`ddim_invert`].
-        prompt_embeds, null_embeds: (1, tokens, dim), source prompt and empty prompt.
+        conditioning, empty: of one row each, source prompt and empty prompt, of which only the embedding is
+            optimized.
         early_stop_epsilon: threshold at the first step, on the latents' mean squared error.
         guidance_rescale, lora_scale: see [`guided_noise`] and [`predict`].
 
@@ -116,8 +121,11 @@ def optimize_null_embeds(
         how many inner updates each step took.
     """
     num_steps = len(scheduler.timesteps)
-    latents, null = trajectory[:1], null_embeds.float()
+    latents, null = trajectory[:1], empty.embeds.float()
     visited, nulls, inner_steps = [latents], [], []
+
+    def predict_null():
+        return predict(unet, latents, t, replace(empty, embeds=null), lora_scale=lora_scale)
 
     def cfg_step(null_prediction, cond_prediction, t):
         noise = guided_noise(null_prediction, cond_prediction, guidance_scale, guidance_rescale)
@@ -125,13 +133,13 @@ def optimize_null_embeds(
 
     for i, t in enumerate(scheduler.timesteps):
         with torch.no_grad():
-            cond = predict(unet, latents, t, prompt_embeds, lora_scale=lora_scale)
+            cond = predict(unet, latents, t, conditioning, lora_scale=lora_scale)
         null = null.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([null], lr=1e-2 * (1 - i / (2 * num_steps)))
         target, count = trajectory[i + 1 : i + 2], 0
         while count < num_inner_steps:
             with torch.enable_grad():
-                previous = cfg_step(predict(unet, latents, t, null, lora_scale=lora_scale), cond, t)
+                previous = cfg_step(predict_null(), cond, t)
                 loss = F.mse_loss(previous, target)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
@@ -145,7 +153,7 @@ def optimize_null_embeds(
                 break
         null = null.detach()
         with torch.no_grad():
-            latents = cfg_step(predict(unet, latents, t, null, lora_scale=lora_scale), cond, t)
+            latents = cfg_step(predict_null(), cond, t)
         visited.append(latents)
         nulls.append(null)
         inner_steps.append(count)
@@ -159,8 +167,8 @@ def invert_latents(
     scheduler,
     inverse_scheduler,
     latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    empty_embeds: torch.Tensor,
+    conditioning: Conditioning,
+    empty: Conditioning,
     method: str,
     guidance_scale: float,
     num_inner_steps: int,
@@ -168,24 +176,25 @@ def invert_latents(
     progress,
     guidance_rescale: float = 0.0,
     lora_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The source branch z_T ... z_0 of a picture by one of `INVERSION_METHODS`, and the null embeddings to go with it.
 
     Args:
         scheduler, inverse_scheduler: a `DDIMScheduler` and its `DDIMInverseScheduler`, timesteps set.
         latents: (1, channels, h, w) fp32, the picture's z_0.
-        prompt_embeds, empty_embeds: (1, tokens, dim), source prompt and empty prompt.
+        conditioning, empty: of one row each, source prompt and empty prompt.
         method, guidance_scale, num_inner_steps, early_stop_epsilon, guidance_rescale: see [`MDEEditPipeline.invert`].
         progress: a tqdm bar, advanced by one per step, and by one more where `method` samples the source branch.
         lora_scale: see [`predict`].
 
     Returns:
-        (steps + 1, channels, h, w) fp32, z_T first; (steps, tokens, dim) fp32, or (1, tokens, dim) if all are the same.
+        (steps + 1, channels, h, w) fp32, z_T first; (steps, tokens, dim) fp32, or (1, tokens, dim) if all are the
+        same; the pooled embedding beside them, (1, pooled dim) fp32 or `None`.
 
     Raises:
         FloatingPointError: the latents, or the optimization, left the finite numbers.
     """
-    trajectory = ddim_invert(unet, inverse_scheduler, latents, prompt_embeds, progress, lora_scale)
+    trajectory = ddim_invert(unet, inverse_scheduler, latents, conditioning, progress, lora_scale)
     if not torch.isfinite(trajectory).all():
         raise FloatingPointError(
             f"DDIM inversion left the finite numbers with a U-Net in {unet.dtype}: load it in float32 or bfloat16."
@@ -195,8 +204,8 @@ def invert_latents(
             unet,
             scheduler,
             trajectory,
-            prompt_embeds,
-            empty_embeds,
+            conditioning,
+            empty,
             guidance_scale,
             num_inner_steps,
             early_stop_epsilon,
@@ -205,11 +214,11 @@ def invert_latents(
             lora_scale,
         )
     elif method == "negative_prompt":
-        trajectory = sample_source(unet, scheduler, trajectory[:1], prompt_embeds, progress, lora_scale)
-        null_embeds = prompt_embeds.float()
+        trajectory = sample_source(unet, scheduler, trajectory[:1], conditioning, progress, lora_scale)
+        empty, null_embeds = conditioning, conditioning.embeds.float()
     else:
-        null_embeds = empty_embeds.float()
-    return trajectory.contiguous(), null_embeds
+        null_embeds = empty.embeds.float()
+    return trajectory.contiguous(), null_embeds, None if empty.pooled is None else empty.pooled.float()
 
 
 def probe_noise(channels: int, num_levels: int) -> torch.Tensor:
@@ -222,13 +231,13 @@ def probe_noise(channels: int, num_levels: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def model_fingerprint(unet, scheduler, prompt_embeds: torch.Tensor, lora_scale: float = 1.0) -> torch.Tensor:
+def model_fingerprint(unet, scheduler, conditioning: Conditioning, lora_scale: float = 1.0) -> torch.Tensor:
     """What the model predicts for [`probe_noise`] in the middle of the noise schedule: the same for weights that are
     fused, offloaded or held in another dtype, another with another LoRA, strength or text encoder. Inside
     [`attention_control`].
 
     Args:
-        prompt_embeds: (1, tokens, dim), the source prompt.
+        conditioning: of one row, the source prompt.
         lora_scale: see [`predict`].
 
     Returns:
@@ -238,13 +247,13 @@ def model_fingerprint(unet, scheduler, prompt_embeds: torch.Tensor, lora_scale: 
         ValueError: layers under control predict something else than the layers' own processors, or without a gradient.
         FloatingPointError: the prediction is not finite.
     """
-    noise = probe_noise(unet.config.in_channels, len(unet.config.block_out_channels)).to(prompt_embeds.device)
+    noise = probe_noise(unet.config.in_channels, len(unet.config.block_out_channels)).to(conditioning.embeds.device)
     timestep = torch.tensor(scheduler.config.num_train_timesteps // 2, device=noise.device)
     everywhere = frozenset(unet.attn_processors)
     record = Record(everywhere, everywhere)
-    own = predict(unet, noise, timestep, prompt_embeds, lora_scale=lora_scale)
+    own = predict(unet, noise, timestep, conditioning, lora_scale=lora_scale)
     with torch.enable_grad():
-        controlled = predict(unet, noise.requires_grad_(), timestep, prompt_embeds, record, lora_scale)
+        controlled = predict(unet, noise.requires_grad_(), timestep, conditioning, record, lora_scale)
         spread = sum(maps.square().sum() for maps in record.cross.values())
     if not torch.isfinite(own).all():
         raise FloatingPointError(
@@ -286,11 +295,15 @@ class Inversion:
         model_dtype: the U-Net's dtype, as text.
         image_size: (height, width) of the picture before it was resized, whose proportions a mask may have.
         negative_prompt: what the null embeddings are of ("direct") or started from ("null_text"); `None` if they were
-            given as embeddings or, with "negative_prompt", are the source prompt's.
+            given as embeddings, with "negative_prompt" are the source prompt's, or are SDXL's zeros for no prompt.
         prompt_embeds: (1, tokens, dim), the source prompt's embedding if the user made it; `None`: the text encoder's.
         guidance_rescale: what guidance was rescaled by; null-text embeddings hold for it alone, too.
         clip_skip: how many of the text encoder's last layers were not used; edits leave out as many.
         lora_scale: what the adapters' strengths were multiplied by, here and in edits.
+        family: of the model, one of `FAMILIES`. What follows is SDXL's, and `None` in others.
+        pooled_null_embeds: (1, pooled dim) fp32, beside the null embeddings of all steps.
+        pooled_prompt_embeds: (1, pooled dim), beside `prompt_embeds`.
+        time_ids: (1, 6) fp32, the picture's size, crop and size in the model, see [`Conditioning`]; edits' too.
     """
 
     latents: torch.Tensor
@@ -309,6 +322,10 @@ class Inversion:
     guidance_rescale: float = 0.0
     clip_skip: int | None = None
     lora_scale: float = 1.0
+    family: str = "sd"
+    pooled_null_embeds: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "_decoded", {})  # see `decoded`; not a field, so neither saved nor compared
@@ -337,10 +354,15 @@ class Inversion:
         i = min(i, len(self.null_embeds) - 1)
         return self.null_embeds[i : i + 1]
 
+    def null(self, i: int) -> Conditioning:
+        """The unconditional row of step `i`."""
+        return Conditioning(self.null_embed(i), self.pooled_null_embeds, self.time_ids)
+
     def to(self, device) -> "Inversion":
         """The same inversion with the tensors an edit computes with on `device`."""
-        tensors = {"latents": self.latents, "null_embeds": self.null_embeds, "prompt_embeds": self.prompt_embeds}
-        moved = replace(self, **{name: value if value is None else value.to(device) for name, value in tensors.items()})
+        names = ("latents", "null_embeds", "prompt_embeds", "pooled_null_embeds", "pooled_prompt_embeds", "time_ids")
+        values = {name: getattr(self, name) for name in names}
+        moved = replace(self, **{name: value if value is None else value.to(device) for name, value in values.items()})
         object.__setattr__(moved, "_decoded", self._decoded)
         return moved
 
@@ -390,8 +412,15 @@ class Inversion:
             "timesteps": (self.timesteps, 1, (max(steps, 1),)),
             "alphas_cumprod": (self.alphas_cumprod, 1, (steps,)),
         }
+        check_setting("family", self.family, str, choices=tuple(FAMILIES))
+        beside = {"pooled_null_embeds": self.pooled_null_embeds, "time_ids": self.time_ids}
         if self.prompt_embeds is not None:
             shapes["prompt_embeds"] = (self.prompt_embeds, 3, (1,))
+            beside["pooled_prompt_embeds"] = self.pooled_prompt_embeds
+        if self.family == "sdxl":
+            shapes |= {name: (tensor, 2, (1,)) for name, tensor in beside.items()}
+        elif any(tensor is not None for tensor in beside.values()):
+            raise ValueError(f"its {', '.join(beside)} are another family's")
         for name, (tensor, axes, lengths) in shapes.items():
             if not isinstance(tensor, torch.Tensor) or tensor.ndim != axes or 0 in tensor.shape:
                 raise ValueError(f"its {name} are no tensor of {axes} axes")

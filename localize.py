@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_processors import AttentionLayer, Record, attention_layers, predict
+from .conditioning import Conditioning
 from .inversion import Inversion
 
 
@@ -42,7 +43,7 @@ def localization_layers(
 
 @torch.no_grad()
 def source_attention(
-    unet, scheduler, inversion: Inversion, prompt_embeds: torch.Tensor
+    unet, scheduler, inversion: Inversion, conditioning: Conditioning
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the source branch, mean over layers, heads and the steps `LOOKED_AT`. Inside
     [`attention_control`].
@@ -50,7 +51,7 @@ def source_attention(
     Args:
         scheduler: a `DDIMScheduler` with the inversion's timesteps set.
         inversion: on the U-Net's device.
-        prompt_embeds: (1, tokens, dim), the source prompt.
+        conditioning: of one row, the source prompt.
 
     Returns:
         cross-attention (tokens, h, w), and self-attention (h * w, h * w), whose rows sum to 1.
@@ -62,7 +63,7 @@ def source_attention(
     for i in passes:
         record = Record(frozenset(layer.name for layer in cross), frozenset(layer.name for layer in own))
         latents = inversion.source_latents(i)
-        predict(unet, latents, scheduler.timesteps[i], prompt_embeds, record, inversion.lora_scale)
+        predict(unet, latents, scheduler.timesteps[i], conditioning, record, inversion.lora_scale)
         for layer in cross:
             maps = record.cross[layer.name].mean(0).T.unflatten(-1, layer.size)  # (tokens, height, width)
             words = words + F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]

@@ -34,9 +34,10 @@ from .attention_processors import Record, attention_control
 from .bundle import self_contained_source
 from .checks import check_setting, told_of
 from .denoise import Edit, Run, Settings, edit_steps, join_steps, record_source
+from .editing import per_prompt
 from .inversion import INVERSION_METHODS, Inversion, check_inversion_settings
 from .masks import Masks, each_mask, source_words, with_regions
-from .mde_pipeline import MDEEditPipeline, per_prompt
+from .mde_pipeline import MDEEditPipeline
 
 
 if "metadata" not in {field.name for field in fields(InputParam)}:

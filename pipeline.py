@@ -25,7 +25,9 @@ if _SHARED:
 from .attention_processors import attention_control  # noqa: E402, F401
 from .bundle import self_contained_source  # noqa: E402, F401
 from .checks import check_setting  # noqa: E402, F401
+from .conditioning import Conditioning  # noqa: E402, F401
 from .denoise import edit_step  # noqa: E402, F401
+from .editing import MDEEditPipelineOutput  # noqa: E402
 from .inversion import Inversion  # noqa: E402
 from .localize import word_region  # noqa: E402, F401
 from .losses import object_alignment_loss  # noqa: E402, F401
@@ -37,8 +39,8 @@ from .texts import ReadsPrompts  # noqa: E402, F401
 
 
 if _SHARED:
-    # The pipeline's own module stays, since a pickled pipeline or inversion names it.
-    Inversion.__module__ = MDEEditPipeline.__module__
+    # The pipeline's own module stays, since a pickled pipeline, inversion or output names it.
+    Inversion.__module__ = MDEEditPipelineOutput.__module__ = MDEEditPipeline.__module__
     for _name in set(_MODULES) - {"mde_pipeline"}:
         sys.modules.pop(f"{__package__}.{_name}", None)
     # Old releases of diffusers run this file by `import`, which looks for its result in `sys.modules`; newer ones do

@@ -1,7 +1,7 @@
 # Copyright 2026 The MDE-Edit authors. Licensed under the Apache License, Version 2.0.
-"""What the text encoder is asked: prompts, words and embeddings, checked and read.
+"""What the text encoders are asked: prompts, words and embeddings, checked and read.
 
-A mixin of the pipeline, whose tokenizer and text encoder these are. `clip_skip` and `lora_scale` say how a text is
+A mixin of the pipelines, whose tokenizers and text encoders these are. `clip_skip` and `lora_scale` say how a text is
 read, and come with each call.
 """
 
@@ -10,14 +10,31 @@ from typing import Any
 
 import torch
 
-from .attention_processors import lock_of, lora_strength
+from .attention_processors import lock_of
 from .checks import check_setting, check_text
+from .conditioning import Conditioning
 from .inversion import LORA_SCALES, Inversion
 from .prompts import WordKey, check_prompt_length, find_token_indices, prompt_words
 
 
 class ReadsPrompts:
-    """Mixin of a Stable Diffusion pipeline: its words, prompts and embeddings."""
+    """Mixin of a Stable Diffusion pipeline: its words, prompts and embeddings.
+
+    A class says how it reads a text ([`~ReadsPrompts.condition`]), how many layers it can leave out (`max_clip_skip`),
+    and what it reads where there is no prompt (`empty_prompt`; `None` for zeros).
+    """
+
+    max_clip_skip: int
+    empty_prompt: str | None
+
+    def condition(self, prompt: str, clip_skip: int | None = None, lora_scale: float = 1.0) -> Conditioning:
+        """The text encoders' reading of `prompt`, one row, without sizes.
+
+        Args:
+            clip_skip: how many of the last layers to leave out.
+            lora_scale: see [`lora_strength`].
+        """
+        raise NotImplementedError
 
     def tokens(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
         """The words of `prompt` and their token positions: what a mask's key can name.
@@ -60,45 +77,40 @@ class ReadsPrompts:
             hint = " A mask's file has to be opened: `PIL.Image.open(...)`." if "." in str(word) else ""
             raise ValueError(f"{name} names no word of the source prompt: {error}{hint}") from error
 
-    def embed(self, prompt: str, clip_skip: int | None = None, lora_scale: float = 1.0) -> torch.Tensor:
-        """(1, tokens, dim), the text encoder's reading of `prompt`.
+    def condition_empty(self, lora_scale: float = 1.0) -> Conditioning:
+        """What guidance leads away from where nothing is said, one row."""
+        empty = self.condition(self.empty_prompt or "", lora_scale=lora_scale)
+        return empty if self.empty_prompt is not None else empty.each(torch.zeros_like)
+
+    def check_embeds(self, name: str, embeds, count: int = 1) -> list[Conditioning] | None:
+        """What the user made in the text encoders' place, one row per prompt; raises `ValueError`, naming the argument,
+        for another shape than theirs.
 
         Args:
-            clip_skip: how many of the last layers to leave out.
-            lora_scale: see [`lora_strength`].
+            embeds: a tensor, or, where there is a pooled embedding beside it, a [`Conditioning`].
         """
-        device = self._execution_device
-        with lock_of(self.tokenizer), lora_strength(self.text_encoder, lora_scale):
-            if not clip_skip:
-                return self.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)[0]
-            # diffusers' own way asks for a `text_model`, which encoders of transformers 5 do not have
-            text = self.tokenizer(self.spell_out(prompt), padding="max_length", truncation=True, return_tensors="pt")
-            reads_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-            mask = text.attention_mask.to(device) if reads_mask else None
-            hidden = self.text_encoder(text.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
-            norm = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm
-            return norm(hidden.hidden_states[-1 - clip_skip]).to(self.text_encoder.dtype)
-
-    def check_embeds(self, name: str, embeds, count: int = 1) -> list[torch.Tensor] | None:
-        """One embedding per prompt, (1, tokens, dim) each; raises `ValueError`, naming the argument, for another shape
-        than the text encoder's."""
         if embeds is None:
             return None
-        shape = self.embed("").shape[1:]
-        right = isinstance(embeds, torch.Tensor) and embeds.is_floating_point() and embeds.shape[1:] == shape
-        if not right or len(embeds) not in (1, count) or not torch.isfinite(embeds).all():
-            found = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-            raise ValueError(
-                f"`{name}` is {found}: pass finite numbers of shape {(count, *shape)}, as `pipe.encode_prompt` makes"
-                " them, and the prompt they are of beside them."
-            )
-        embeds = embeds.detach().to(self._execution_device)
-        return list(embeds.expand(count, *shape).split(1))
+        given = embeds if isinstance(embeds, Conditioning) else Conditioning(embeds)
+        checked = {}
+        for part, own in self.condition("").parts().items():
+            value, shape = getattr(given, part), own.shape[1:]
+            named = name if part == "embeds" else name.replace("prompt_embeds", "pooled_prompt_embeds")
+            right = isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[1:] == shape
+            if not right or len(value) not in (1, count) or not torch.isfinite(value).all():
+                found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(
+                    f"`{named}` is {found}: pass finite numbers of shape {(count, *shape)}, as `pipe.encode_prompt`"
+                    " makes them, and the prompt they are of beside them."
+                )
+            checked[part] = value.detach().to(self._execution_device).expand(count, *shape)
+        rows = Conditioning(**checked)
+        return [rows[k : k + 1] for k in range(count)]
 
     def check_negative(
         self, negative_prompt, negative_prompt_embeds, count: int = 1, lora_scale: float = 1.0
-    ) -> list[torch.Tensor] | None:
-        """Embeddings of what is not wanted, one per prompt, (1, tokens, dim) each; `None` if nothing was said.
+    ) -> list[Conditioning] | None:
+        """What is not wanted, one row per prompt; `None` if nothing was said.
 
         As in diffusers, `clip_skip` is of the prompts alone: these are read by all layers."""
         if negative_prompt is not None and negative_prompt_embeds is not None:
@@ -110,12 +122,16 @@ class ReadsPrompts:
             raise ValueError(f"`negative_prompt` is {negative_prompt!r}: pass a text, or one per prompt ({count}).")
         for text in filter(str.strip, texts):
             self.check_prompt(text, "negative_prompt")
-        return [self.embed(text, lora_scale=lora_scale) for text in texts]
+        return [self.condition(text, lora_scale=lora_scale) for text in texts]
 
-    def source_embeds(self, inversion: Inversion) -> torch.Tensor:
-        """(1, tokens, dim), the source prompt as the inversion was made with it."""
-        (own,) = self.check_embeds("inversion.prompt_embeds", inversion.prompt_embeds) or [None]
-        return self.embed(inversion.prompt, inversion.clip_skip, inversion.lora_scale) if own is None else own
+    def source_conditioning(self, inversion: Inversion) -> Conditioning:
+        """The source prompt as the inversion was made with it, one row."""
+        given = inversion.prompt_embeds
+        if given is not None and inversion.pooled_prompt_embeds is not None:
+            given = Conditioning(given, inversion.pooled_prompt_embeds)
+        (own,) = self.check_embeds("inversion.prompt_embeds", given) or [None]
+        own = self.condition(inversion.prompt, inversion.clip_skip, inversion.lora_scale) if own is None else own
+        return own.with_sizes(inversion.time_ids)
 
     def check_reading(self, clip_skip, cross_attention_kwargs, inversion: Inversion | None = None) -> dict[str, Any]:
         """How texts are read and how strong adapters are, `clip_skip` (`None` for 0) and `lora_scale`: as is said, or
@@ -124,8 +140,7 @@ class ReadsPrompts:
         Raises:
             ValueError: what cannot be used, or is not as with `inversion`; names the argument.
         """
-        layers = self.text_encoder.config.num_hidden_layers
-        skip = check_setting("clip_skip", clip_skip, int | None, 0, layers)
+        skip = check_setting("clip_skip", clip_skip, int | None, 0, self.max_clip_skip)
         given = {} if cross_attention_kwargs is None else cross_attention_kwargs
         if not isinstance(given, dict):
             raise ValueError(f"`cross_attention_kwargs` is {given!r}: pass a dict, as {{'scale': 0.8}}.")

@@ -23,7 +23,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -42,6 +42,7 @@ from mde_edit.attention_processors import (
     select_loss_layers,
     stack_maps,
 )
+from mde_edit.conditioning import Conditioning, join_conditioning
 from mde_edit.denoise import PRESETS, Edit, Region, Run, Settings, edit_losses, picture_step, record_source
 from mde_edit.inversion import Inversion, guided_noise, invert_latents
 from mde_edit.prompts import TokenAlignment
@@ -138,9 +139,9 @@ class Scene:
         return {layer.name for layer in self.run.layers if not layer.is_cross and layer.pixels <= half}
 
     @property
-    def null(self) -> torch.Tensor:
-        """(1, tokens, dim), the empty prompt's embedding."""
-        return self.run.null_embed(0, self.edit)
+    def null(self) -> Conditioning:
+        """The empty prompt, one row."""
+        return self.run.null(0, self.edit)
 
     def step(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The timestep and the source's latents (1, channels, h, w) of step `i`."""
@@ -161,6 +162,17 @@ def sd14() -> tuple[UNet2DConditionModel, AutoencoderKL]:
     return unet.eval(), vae.eval().requires_grad_(False)
 
 
+def make_text(unet) -> Conditioning:
+    """What a prompt would condition this U-Net by, with random numbers, one row."""
+    config, device = unet.config, unet.device
+    embeds = torch.randn(1, TOKENS, config.cross_attention_dim, device=device)
+    if config.addition_embed_type is None:
+        return Conditioning(embeds)
+    sizes = torch.full((1, 6), 1024.0, device=device)
+    pooled = config.projection_class_embeddings_input_dim - sizes.numel() * config.addition_time_embed_dim
+    return Conditioning(embeds, torch.randn(1, pooled, device=device), sizes)
+
+
 def make_scene(unet, vae, latent_size: tuple[int, int], steps: int = 50, **settings) -> Scene:
     """An edit of `steps` steps with `settings` on latents of `latent_size` (h, w), on the U-Net's device."""
     h, w = latent_size
@@ -173,10 +185,10 @@ def make_scene(unet, vae, latent_size: tuple[int, int], steps: int = 50, **setti
         steps_offset=1,
     )
     scheduler.set_timesteps(steps)
-    device, dim = unet.device, unet.config.cross_attention_dim
+    device, null = unet.device, make_text(unet)
     inversion = Inversion(
         latents=torch.randn(steps + 1, unet.config.in_channels, h, w, device=device),
-        null_embeds=torch.randn(1, TOKENS, dim, device=device),
+        null_embeds=null.embeds,
         prompt="",
         method="direct",
         guidance_scale=GUIDANCE_SCALE,
@@ -185,6 +197,9 @@ def make_scene(unet, vae, latent_size: tuple[int, int], steps: int = 50, **setti
         prediction_type="epsilon",
         fingerprint=torch.zeros(1, 4, 2, 2),
         model_dtype=str(unet.dtype),
+        family="sd" if null.pooled is None else "sdxl",
+        pooled_null_embeds=null.pooled,
+        time_ids=null.time_ids,
     )
     layers = attention_layers(unet, latent_size)
     loss_layers = select_loss_layers(layers)
@@ -192,7 +207,7 @@ def make_scene(unet, vae, latent_size: tuple[int, int], steps: int = 50, **setti
         unet=unet,
         scheduler=scheduler,
         inversion=inversion,
-        source_embeds=torch.randn(1, TOKENS, dim, device=device),
+        source_conditioning=make_text(unet),
         guidance_scale=GUIDANCE_SCALE,
         settings=Settings(**settings),
         layers=layers,
@@ -203,7 +218,7 @@ def make_scene(unet, vae, latent_size: tuple[int, int], steps: int = 50, **setti
     mask = F.interpolate(inside.float(), loss_layers[0].size).flatten()
     positions = torch.arange(TOKENS, device=device)
     edit = Edit(
-        prompt_embeds=torch.randn(1, TOKENS, dim, device=device),
+        conditioning=make_text(unet),
         alignment=TokenAlignment(positions, (positions != NEW[0]) & (positions != NEW[1])),
         objects=[Region("object", (NEW[0],), mask)],
         attributes=[Region("attribute", (NEW[1],), mask)],
@@ -271,13 +286,13 @@ def ready(scene: Scene, kind: Pass) -> Callable[[], object]:
     run, edit, unet = scene.run, scene.edit, scene.unet
     i = state_of(scene, kind)
     t, latents = scene.step(i)
-    cond, null = edit.prompt_embeds, scene.null
-    pair, both = latents.repeat(2, 1, 1, 1), torch.cat([null, cond])
+    cond, null = edit.conditioning, scene.null
+    pair, both = latents.repeat(2, 1, 1, 1), join_conditioning([null, cond])
 
     def null_iteration(update):
         # (1 x tokens x dim): by the unconditional prediction's gradient, as the optimization of null embeddings does
-        leaf = null.float().clone().requires_grad_()
-        noise = predict(unet, latents, t, leaf)
+        leaf = null.embeds.float().clone().requires_grad_()
+        noise = predict(unet, latents, t, replace(null, embeds=leaf))
         update(F.mse_loss(noise, latents), leaf)
 
     if kind.name == "decode":
@@ -317,10 +332,11 @@ def naive_iteration(scene: Scene, t: torch.Tensor, latents: torch.Tensor) -> tor
     """One iteration as tests/oracle.py makes it: a source pass, whose graph is kept, a target pass and the gradient."""
     run, edit, tape = scene.run, scene.edit, tape_of(scene)
     tape.mode = "source"
-    kept = scene.unet(latents.to(scene.unet.dtype), t, encoder_hidden_states=run.source_embeds.to(scene.unet.dtype))
+    dtype = scene.unet.dtype
+    kept = scene.unet(latents.to(dtype), t, **run.source_conditioning.to(dtype).unet_arguments())
     tape.mode = "target"
     z = latents.clone().requires_grad_()
-    target = scene.unet(z.to(scene.unet.dtype), t, encoder_hidden_states=edit.prompt_embeds.to(scene.unet.dtype))
+    target = scene.unet(z.to(dtype), t, **edit.conditioning.to(dtype).unet_arguments())
     maps = stack_maps(tape.own, run.loss_layers)
     shared = (stack_maps(tape.source, run.loss_layers) * edit.alignment.shared).sum(dim=-1).detach()
     (grad,) = torch.autograd.grad(edit_losses(maps, shared, edit, run.settings)["loss"], z)
@@ -453,11 +469,9 @@ def run_in_steps(scene: Scene, program: str) -> None:
     latents = run.inversion.source_latents(0)
     if program == "sample":
         with controlled(scene, "plain"):
-            embeds = torch.cat([scene.null, edit.prompt_embeds])
+            both = join_conditioning([scene.null, edit.conditioning])
             for t in run.scheduler.timesteps:
-                noise = guided_noise(
-                    *predict(scene.unet, latents.repeat(2, 1, 1, 1), t, embeds).chunk(2), GUIDANCE_SCALE
-                )
+                noise = guided_noise(*predict(scene.unet, latents.repeat(2, 1, 1, 1), t, both).chunk(2), GUIDANCE_SCALE)
                 latents = run.scheduler.step(noise, t, latents).prev_sample
         decode(scene, latents)
     elif program == "edit":
@@ -472,7 +486,7 @@ def run_in_steps(scene: Scene, program: str) -> None:
         ready(scene, Pass("encode"))()
         latents = run.inversion.source_latents(scene.steps)
         bar = SimpleNamespace(update=lambda: None, set_postfix=lambda **_: None)
-        texts = (edit.prompt_embeds, scene.null)
+        texts = (edit.conditioning, scene.null)
         with controlled(scene, program):
             if program == "naive null_text":
                 reference_null_text(scene, inverse, latents)
@@ -495,8 +509,8 @@ def run_naive_edit(scene: Scene) -> None:
     latents = naive_edit(
         SimpleNamespace(unet=scene.unet, scheduler=run.scheduler),
         run.inversion,
-        run.source_embeds,
-        edit.prompt_embeds,
+        run.source_conditioning.embeds,
+        edit.conditioning.embeds,
         edit.alignment,
         regions,
         edit.mask.float(),
@@ -510,24 +524,25 @@ def run_naive_edit(scene: Scene) -> None:
 def reference_null_text(scene: Scene, inverse_scheduler, latents: torch.Tensor) -> None:
     """Null-text inversion with the passes of its reference implementation (arXiv 2212.09794): weights ask for
     gradients, which pile up unused, every inner step is taken, and the step is made by a pair of rows."""
-    unet, scheduler, cond = scene.unet, scene.run.scheduler, scene.edit.prompt_embeds
+    unet, scheduler, cond = scene.unet, scene.run.scheduler, scene.edit.conditioning
     trajectory = [latents]
     for t in inverse_scheduler.timesteps:
         latents = inverse_scheduler.step(predict(unet, latents, t, cond), t, latents).prev_sample
         trajectory.append(latents)
-    null = scene.null.float()
+    null = scene.null.embeds.float()
     for i, t in enumerate(scheduler.timesteps):
         target, known = trajectory[-2 - i], predict(unet, latents, t, cond)
         null = null.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([null], lr=1e-2 * (1 - i / (2 * scene.steps)))
         for _ in range(INNER_STEPS):
             with torch.enable_grad():
-                noise = guided_noise(predict(unet, latents, t, null), known, GUIDANCE_SCALE)
+                noise = guided_noise(predict(unet, latents, t, replace(scene.null, embeds=null)), known, GUIDANCE_SCALE)
                 loss = F.mse_loss(scheduler.step(noise, t, latents).prev_sample, target)
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
-        pair = predict(unet, latents.repeat(2, 1, 1, 1), t, torch.cat([null.detach(), cond]))
+        both = join_conditioning([replace(scene.null, embeds=null.detach()), cond])
+        pair = predict(unet, latents.repeat(2, 1, 1, 1), t, both)
         latents = scheduler.step(guided_noise(*pair.chunk(2), GUIDANCE_SCALE), t, latents).prev_sample
 
 

@@ -46,9 +46,9 @@ def measure(pipe, scene: Scene, phrasing: int, steps: int) -> list[dict[str, flo
     """One entry per thing that is seen, its word's mask against its own."""
     drawn, caption = scene.render(128), scene.caption(phrasing)
     inversion = pipe.invert(drawn.image, caption.text, steps, method="direct")
-    scheduler, embeds = pipe.ddim_scheduler(steps), pipe.embed(caption.text)
+    scheduler, text = pipe.ddim_scheduler(steps), pipe.condition(caption.text)
     with attention_control(pipe.unet):
-        cross, _ = source_attention(pipe.unet, scheduler, inversion, embeds)
+        cross, _ = source_attention(pipe.unet, scheduler, inversion, text)
     entries = []
     for place, mask in zip(caption.nouns, drawn.visible):
         if not mask.any():

@@ -45,9 +45,20 @@ def bce(x, s):
 
 
 def naive_edit(
-    pipe, inversion, source_embeds, target_embeds, alignment, regions, dilated, loss_names, self_names, settings
+    pipe,
+    inversion,
+    source_embeds,
+    target_embeds,
+    alignment,
+    regions,
+    dilated,
+    loss_names,
+    self_names,
+    settings,
+    added=None,
 ):
-    """`regions`: list of (kind, token indices, soft mask, binary mask); `settings`: the pipe's keyword arguments."""
+    """`regions`: list of (kind, token indices, soft mask, binary mask); `settings`: the pipe's keyword arguments;
+    `added`: SDXL's further conditions of "source", "target" and "plain" passes."""
     unet, n = pipe.unet, inversion.num_inference_steps
     tape, before = Tape(), dict(unet.attn_processors)
     tape.alignment = alignment
@@ -57,7 +68,8 @@ def naive_edit(
 
     def run(mode, z, t, embeds):
         tape.mode = mode
-        return unet(z.to(unet.dtype), t, encoder_hidden_states=embeds.to(unet.dtype)).sample.float()
+        more = {} if added is None else {"added_cond_kwargs": added[mode]}
+        return unet(z.to(unet.dtype), t, encoder_hidden_states=embeds.to(unet.dtype), **more).sample.float()
 
     z = inversion.latents[:1].clone()
     try:

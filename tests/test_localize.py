@@ -118,7 +118,7 @@ def test_layers_are_those_at_a_half_and_a_quarter(pipe):
 
 def test_attention_is_averaged_as_probabilities(pipe, inversion):
     with attention_control(pipe.unet):
-        cross, own = source_attention(pipe.unet, pipe.ddim_scheduler(5), inversion, pipe.embed(SOURCE))
+        cross, own = source_attention(pipe.unet, pipe.ddim_scheduler(5), inversion, pipe.condition(SOURCE))
     assert cross.shape == (77, 8, 12) and own.shape == (96, 96)
     assert torch.allclose(cross.sum(0), torch.ones(8, 12), atol=1e-5)
     assert torch.allclose(own.sum(1), torch.ones(96), atol=1e-5)
@@ -192,7 +192,7 @@ def test_another_models_inversion_has_no_masks_here(components, inversion):
 
 
 def test_a_word_that_is_nowhere_says_so(pipe, inversion, monkeypatch):
-    monkeypatch.setattr("mde_edit.mde_pipeline.word_region", lambda *_: torch.zeros(HEIGHT, WIDTH, dtype=torch.bool))
+    monkeypatch.setattr("mde_edit.editing.word_region", lambda *_: torch.zeros(HEIGHT, WIDTH, dtype=torch.bool))
     with pytest.raises(ValueError, match="attention finds 'cat' nowhere in the picture.*Draw its mask"):
         pipe.generate_mask(inversion, "cat")
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from mde_edit import MDEEditPipeline
 from mde_edit.attention_processors import attention_control, attention_layers, gradient, predict
+from mde_edit.conditioning import Conditioning
 from PIL import Image
 
 from benchmarks.cases import Case
@@ -24,7 +25,7 @@ DDS_SCALE = 2000  # the official code's factor of the delta, against which its w
 
 def predict_noise(unet, scheduler, noisy: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
     """Predicted noise (batch, channels, h, w) at a timestep, also of a model that predicts v."""
-    output = predict(unet, noisy, t, embeds)
+    output = predict(unet, noisy, t, Conditioning(embeds))
     if scheduler.config.prediction_type != "v_prediction":
         return output
     alpha = scheduler.alphas_cumprod[int(t)]

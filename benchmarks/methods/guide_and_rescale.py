@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from mde_edit import MDEEditPipeline
 from mde_edit.attention_processors import Record, attention_control, attention_layers, gradient, predict
+from mde_edit.conditioning import Conditioning
 from PIL import Image
 
 from benchmarks.cases import Case
@@ -75,21 +76,21 @@ def run(
     unet, scheduler = pipe.unet, pipe.ddim_scheduler(steps)
     inversion = pipe.invert(case.image, case.source_prompt, steps, method="direct", guidance_scale=1.0)
     trajectory = inversion.latents.to(pipe.device)
-    source_embeds = pipe.embed(case.source_prompt)
-    embeds = torch.cat([pipe.embed(""), pipe.embed(case.target_prompt)])
+    source = pipe.condition(case.source_prompt)
+    both = Conditioning(torch.cat([pipe.embed(""), pipe.embed(case.target_prompt)]))
     layers = attention_layers(unet, trajectory.shape[-2:])
     self_layers = frozenset(layer.name for layer in layers if not layer.is_cross)
 
     def source_pass(latents: torch.Tensor) -> tuple[Record, torch.Tensor]:
         """Self-attention and last features (1, channels, h, w) under the source prompt."""
         record = Record(frozenset(), self_layers)
-        predict(unet, latents, t, source_embeds, record)
+        predict(unet, latents, t, source, record)
         return record, features["features"]
 
     latents = trajectory[:1]
     with attention_control(unet), last_features(unet) as features:
         for i, t in enumerate(scheduler.timesteps):
-            free, conditional = predict(unet, latents.expand(2, -1, -1, -1), t, embeds).split(1)
+            free, conditional = predict(unet, latents.expand(2, -1, -1, -1), t, both).split(1)
             cfg = guidance_scale * (conditional - free)
             noise = free + cfg
             inverted = trajectory[i : i + 1]

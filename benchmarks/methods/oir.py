@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from mde_edit import MDEEditPipeline
 from mde_edit.attention_processors import predict
+from mde_edit.conditioning import Conditioning
 from mde_edit.masks import binarize_mask, resize_mask
 from PIL import Image
 
@@ -84,7 +85,7 @@ def guided_step(
     """A DDIM step of (n, channels, h, w) with the first of `embeds` (2, tokens, dim) as the unconditional one."""
     count = len(latents)
     pair = latents.repeat(2, 1, 1, 1)
-    free, conditional = predict(pipe.unet, pair, t, embeds.repeat_interleave(count, 0)).split(count)
+    free, conditional = predict(pipe.unet, pair, t, Conditioning(embeds.repeat_interleave(count, 0))).split(count)
     return scheduler.step(free + guidance_scale * (conditional - free), t, latents).prev_sample
 
 
@@ -123,7 +124,7 @@ def invert_on(pipe: MDEEditPipeline, latents: torch.Tensor, embeds: torch.Tensor
     """DDIM inversion at guidance 1 from one depth to another (re-inversion, Sec. 3.3)."""
     scheduler = pipe.ddim_scheduler(steps, inverse=True)
     for t in scheduler.timesteps[start:stop]:
-        latents = scheduler.step(predict(pipe.unet, latents, t, embeds), t, latents).prev_sample
+        latents = scheduler.step(predict(pipe.unet, latents, t, Conditioning(embeds)), t, latents).prev_sample
     return latents
 
 
