@@ -4,6 +4,7 @@
 from .editing import MDEEditPipelineOutput
 from .inversion import Inversion
 from .mde_pipeline import MDEEditPipeline
+from .mde_pipeline_xl import MDEEditXLPipeline
 
 
-__all__ = ["Inversion", "MDEEditPipeline", "MDEEditPipelineOutput"]
+__all__ = ["Inversion", "MDEEditPipeline", "MDEEditPipelineOutput", "MDEEditXLPipeline"]

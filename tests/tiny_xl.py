@@ -1,0 +1,76 @@
+"""SDXL's shape in small, with random weights: two text encoders and tokenizers, and a U-Net of three levels, the finest
+without attention, which is told pooled text and sizes."""
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+POOLED = 16  # of the second text encoder
+
+
+def _text_config(tokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=POOLED,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def make_components(tokenizer) -> dict:
+    """The parts of a `StableDiffusionXLPipeline` but its scheduler, from the first tokenizer."""
+    torch.manual_seed(0)
+    first, second = 16, 24
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1, 2),
+        cross_attention_dim=first + second,
+        attention_head_dim=(2, 4, 8),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=POOLED + 6 * 8,
+        norm_num_groups=8,
+    )
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if ".to_q." in name or ".to_k." in name:
+                parameter.mul_(3)  # random projections give flat maps, on which injection would be invisible
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.13025,
+        force_upcast=True,
+        sample_size=64,
+    )
+    return {
+        "unet": unet.eval(),
+        "vae": vae.eval(),
+        "text_encoder": CLIPTextModel(_text_config(tokenizer, first)).eval(),
+        "text_encoder_2": CLIPTextModelWithProjection(_text_config(tokenizer, second)).eval(),
+        "tokenizer": tokenizer,
+        # other padding than the first, as in SDXL
+        "tokenizer_2": CLIPTokenizer.from_pretrained(tokenizer.name_or_path, model_max_length=77, pad_token="!"),
+    }
+
+
+def make_xl(components: dict, cls, **options):
+    """A pipeline of class `cls` with SDXL's scheduler (Euler)."""
+    scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading")
+    pipe = cls(**components, scheduler=scheduler, add_watermarker=False, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
