@@ -111,6 +111,8 @@ class Inject:
     cross: layer name -> (heads, pixels, tokens), the source's maps on the target's shared tokens ([`align_maps`]).
     shared: (tokens,) bool, the tokens those maps replace; the others keep the target's own map.
     self_qk: layer name -> the source's query and key; the target's value is weighted by them.
+    weights: layer name -> (pixels, tokens), by what the target's own map is multiplied where it is kept; without an
+        entry it is kept as it is.
     capture_layers, captured: layers whose *own* map A* (before injection) the pass puts into `captured`.
     exit_after: name of the layer at which the pass ends with [`UNetExit`]: what comes after has no reader.
     """
@@ -118,6 +120,7 @@ class Inject:
     cross: dict[str, torch.Tensor]
     shared: torch.Tensor
     self_qk: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
     capture_layers: frozenset = frozenset()
     captured: dict[str, torch.Tensor] = field(default_factory=dict)
     exit_after: str | None = None
@@ -219,6 +222,7 @@ class MDEAttnProcessor:
             if self.name == control.exit_after:
                 raise UNetExit
             if self.name in control.cross:
+                probs = probs * control.weights.get(self.name, 1)
                 probs = control.cross[self.name] + probs * ~control.shared  # Eq. 3
         out = (probs.to(value.dtype) @ value[-1])[None]
         if len(value) > 1:

@@ -5,7 +5,7 @@
 step, [`guide_latents`] its gradient descent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -67,6 +67,8 @@ class Settings:
     optimization_tolerance: float = _setting(0.0, 0)
     step_size: float = _setting(1.0, 0)
     max_update: float | None = _setting(0.02, 0)
+    outside_attention: float = _setting(1.0, 0, 1)
+    attribute_attention: float = _setting(1.0, 0)
     attention_resolution: int | None = _setting(None, 1)
     mask_dilation: int | None = _setting(None, 0)
     background_blend: float = _setting(0.3, 0, 1)
@@ -84,11 +86,13 @@ class Region(NamedTuple):
     key: how the user named it. token_indices: its tokens in the target prompt.
     mask: (pixels,) its mask S at the loss level, in the form that its loss reads: an object's as covered share, an
     attribute's in {0, 1}.
+    shares: (h, w) of a cross-attention layer -> (pixels,), the covered share of its pixels.
     """
 
     key: WordKey
     token_indices: tuple[int, ...]
     mask: torch.Tensor
+    shares: dict[tuple[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,8 @@ def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Ed
     """
     lora_scale = run.inversion.lora_scale
     aligned = align_maps(source.cross, edit.alignment)
-    inject = Inject(aligned if run.injects_cross(i) else {}, edit.alignment.shared, source.self_qk)  # Eq. 3
+    cross = aligned if run.injects_cross(i) else {}
+    inject = Inject(cross, edit.alignment.shared, source.self_qk, own_weights(run, edit, cross))  # Eq. 3
 
     losses, before = [], None
     if run.optimizes(i) and run.has_losses(edit):  # Eq. 4-7
@@ -266,6 +271,31 @@ def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Ed
     if edit.mask is not None and run.blends(i):  # Eq. 8: outside M the picture is the source's
         latents = torch.where(edit.mask, latents, run.inversion.source_latents(i + 1))
     return Step(latents, losses, edited_maps(run, edit, before, inject.captured))
+
+
+def own_weights(run: Run, edit: Edit, injected: Collection[str]) -> dict[str, torch.Tensor]:
+    """What the edited words' own maps are multiplied by in the layers where the source's are injected: outside a word's
+    mask `outside_attention`, inside it 1, an attribute's `attribute_attention`. (Eq. 3 has neither; the paper's
+    overview speaks of new maps "within masks".)
+
+    Returns:
+        {layer name: (pixels, tokens)}, empty where all of them would be 1.
+    """
+    outside, attribute = run.settings.outside_attention, run.settings.attribute_attention
+    if outside == attribute == 1:
+        return {}
+    weights = {}
+    for size in {layer.size for layer in run.layers if layer.name in injected}:
+        inside = torch.zeros(size[0] * size[1], len(edit.alignment.shared), device=edit.alignment.shared.device)
+        factor, edited = torch.ones_like(inside), torch.zeros_like(edit.alignment.shared)
+        for region in (*edit.objects, *edit.attributes):
+            tokens = list(region.token_indices)
+            inside[:, tokens] = torch.maximum(inside[:, tokens], region.shares[size][:, None])
+            edited[tokens] = True
+        for region in edit.attributes:
+            factor[:, list(region.token_indices)] = attribute
+        weights[size] = torch.where(edited, outside + inside * (factor - outside), 1.0)
+    return {layer.name: weights[layer.size] for layer in run.layers if layer.name in injected}
 
 
 def guide_latents(

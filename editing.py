@@ -309,6 +309,7 @@ class EditsPictures(ReadsPrompts):
         mask_sizes: Sequence[tuple[int, int]],
         latent_size: tuple[int, int],
         loss_size: tuple[int, int],
+        cross_sizes: Collection[tuple[int, int]],
         mask_dilation: int | None,
         **reading: Any,
     ) -> Edit:
@@ -317,6 +318,7 @@ class EditsPictures(ReadsPrompts):
         Args:
             mask_sizes: (height, width), each up to a factor, whose proportions a mask may have.
             latent_size, loss_size: (h, w) of the latents and of the level the losses read.
+            cross_sizes: (h, w) of every level with cross-attention.
             reading: how the prompt is read, see [`~MDEEditPipeline.condition`].
 
         Raises:
@@ -328,16 +330,23 @@ class EditsPictures(ReadsPrompts):
 
         def regions_of(masks: Masks | None, name: str, form: Callable[[torch.Tensor], torch.Tensor]) -> list[Region]:
             keys: dict[tuple[int, ...], WordKey] = {}
-            shares: dict[tuple[int, ...], torch.Tensor] = {}
+            shares: dict[tuple[int, ...], dict[tuple[int, int], torch.Tensor]] = {}
             for key, value in (masks or {}).items():
                 with lock_of(self.tokenizer):
                     indices = find_token_indices(self.tokenizer, text, self.spell_out_key(key))
                 drawn.append(as_binary_mask(value, f"{name}[{key!r}]", mask_sizes))
                 # Two masks for the same tokens are one region: as two, their targets would cancel where they differ.
-                share = resize_mask(drawn[-1], loss_size)
-                shares[indices] = torch.maximum(shares[indices], share) if indices in shares else share
+                share = {size: resize_mask(drawn[-1], size).to(device) for size in cross_sizes}
+                if indices in shares:
+                    share = {size: torch.maximum(shares[indices][size], part) for size, part in share.items()}
+                shares[indices] = share
                 keys.setdefault(indices, key)
-            return [Region(key, i, form(shares[i]).flatten().to(device)) for i, key in keys.items()]
+            return [
+                Region(
+                    key, i, form(shares[i][loss_size]).flatten(), {size: s.flatten() for size, s in shares[i].items()}
+                )
+                for i, key in keys.items()
+            ]
 
         drawn: list[torch.Tensor] = []
         objects = regions_of(object_masks, "object_masks", lambda share: share)
@@ -372,7 +381,7 @@ class EditsPictures(ReadsPrompts):
         layers = attention_layers(self.unet, latent_size)
         loss_layers = select_loss_layers(layers, settings.attention_resolution)
         mask_sizes = [size for size in (image_size, latent_size) if size is not None]
-        sizes = (mask_sizes, latent_size, loss_layers[0].size)
+        sizes = (mask_sizes, latent_size, loss_layers[0].size, {layer.size for layer in layers if layer.is_cross})
         edits = []
         for prompt, objects, attributes, generator in zip(prompts, *masks, generators):
             share = (objects, attributes, *sizes, settings.mask_dilation)
@@ -994,6 +1003,8 @@ class EditsPictures(ReadsPrompts):
         optimization_tolerance: float = Settings.optimization_tolerance,
         step_size: float = Settings.step_size,
         max_update: float | None = Settings.max_update,
+        outside_attention: float = Settings.outside_attention,
+        attribute_attention: float = Settings.attribute_attention,
         attention_resolution: int | None = Settings.attention_resolution,
         mask_dilation: int | None = Settings.mask_dilation,
         background_blend: float = Settings.background_blend,
@@ -1067,6 +1078,11 @@ class EditsPictures(ReadsPrompts):
             max_update (`float`, *optional*, defaults to 0.02):
                 Trust cap: an update changes no latent value by more than this times the latents' RMS inside the masks.
                 `None`: no cap, as in the official code.
+            outside_attention (`float`, defaults to 1.0):
+                How much of an edited word's own attention is kept outside its mask in the steps that inject maps: all
+                of it as in Eq. 3, or none (0), as the paper's overview has it ("new maps within masks").
+            attribute_attention (`float`, defaults to 1.0):
+                By what an attribute word's own attention inside its mask is multiplied in these steps.
             attention_resolution (`int`, *optional*):
                 Short side of the cross-attention level the losses read; by default the coarsest of at least 16.
             mask_dilation (`int`, *optional*):

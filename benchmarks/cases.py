@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 
+SMALL = 0.025  # share of the picture: what is smaller is reported apart
 TOUCHING = 0.02  # two masks nearer than this share of the picture's side overlap
 
 Word = tuple[str, int]  # a word of the target prompt and which of its occurrences is meant, from 0

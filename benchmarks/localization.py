@@ -18,12 +18,10 @@ from mde_edit.localize import source_attention
 from mde_edit.masks import resize_mask
 from tqdm import tqdm
 
+from benchmarks.cases import SMALL
 from benchmarks.run import load_pipe
 from benchmarks.tables import bootstrap
 from training.scenes import PHRASINGS, Scene, random_scene
-
-
-SMALL = 0.025  # of the picture: things below are reported apart
 
 
 def iou(one: np.ndarray, other: np.ndarray) -> float:

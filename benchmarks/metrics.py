@@ -20,7 +20,10 @@ from training.scenes import COLORS, KINDS, TEXTURES
 
 NAN = float("nan")
 # Where higher is better; the others are distances.
-HIGHER = ("success", "bystanders", "clip", "in_psnr", "in_ssim", "bg_psnr", "bg_ssim", "bg_ssim_zf")
+HIGHER = (
+    *("success", "bystanders", "clip", "in_psnr", "in_ssim", "bg_psnr", "bg_ssim", "bg_ssim_zf"),
+    *("of_ceiling", "small", "larger"),  # of the edits
+)
 LOWER = ("bg_st_lpips", "bg_st_lpips_zf", "leak")
 
 
@@ -100,13 +103,13 @@ class Meter:
         return figures | self.judged(case, image)
 
     def judged(self, case: Case, image: Image.Image) -> dict[str, float]:
-        """Edit success, untouched bystanders and the CLIP score.
+        """Edit success, untouched bystanders and the CLIP score; and each region's verdict, {name: right}, as "edits".
 
         `success` is the share of the requested edits of which everything asked for is there: the right kind in the
         right place and, where the words name them, its color and texture. `bystanders` is the share of other objects
         that are still what they were.
         """
-        figures = {"success": NAN, "bystanders": NAN, "clip": NAN}
+        figures = {"success": NAN, "bystanders": NAN, "clip": NAN, "edits": {}}
         if self.clip is not None:
             figures["clip"] = self.clip(image, case.target_prompt)
         if self.judge is None:
@@ -116,10 +119,14 @@ class Meter:
         features = self.judge.encode(np.stack(pictures))
         if self.clip is None:
             figures["clip"] = float(features[0] @ self.judge.encode_text([case.target_prompt])[0])
-        right = {True: [], False: []}
+        kept = []
         for one, feature in zip(case.expected, features[1:], strict=True):
-            right[one.region is not None].append(is_right(self.judge, feature[None], one))
-        for name, values in (("success", right[True]), ("bystanders", right[False])):
+            right = is_right(self.judge, feature[None], one)
+            if one.region is None:
+                kept.append(right)
+            else:
+                figures["edits"][one.region] = right
+        for name, values in (("success", list(figures["edits"].values())), ("bystanders", kept)):
             if values:
                 figures[name] = float(np.mean(values))
         return figures

@@ -175,7 +175,12 @@ def main(argv: list[str] | None = None) -> None:
             yield job
 
     # Case by case, not method by method: a run that is broken off has every method at the same number of cases.
-    jobs = [job_of(case, variant, args) for case in cases for variant in variants]
+    jobs = [
+        job_of(case, variant, args)
+        for case in cases
+        for variant in variants
+        if case.ideal is not None or not METHODS[variant.method].needs_ideal
+    ]
     spread(jobs, work, state)
     if state.is_main_process:
         print(f"results of {len(jobs)} edits: {args.out}")

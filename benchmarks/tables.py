@@ -15,8 +15,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-from benchmarks.cases import Case, load_cases
+from benchmarks.cases import SMALL, Case, load_cases
 from benchmarks.methods import METHODS
+from benchmarks.methods.ours import CEILING
 from benchmarks.metrics import HIGHER, LOWER
 
 
@@ -37,6 +38,12 @@ COLUMNS = {  # figure -> heading, digits, factor
     "seconds": ("s", 1, 1),
     "unet_calls": ("U-Net calls", 0, 1),
 }
+PARTS = {  # of the edits, as far as their regions' verdicts and sizes are known
+    "success": COLUMNS["success"],
+    "of_ceiling": ("of those the ceiling shows, %", 1, 100),
+    "small": (f"of objects under {100 * SMALL:g} % of the picture, %", 1, 100),
+    "larger": ("of larger ones, %", 1, 100),
+}
 REFERENCE = "mde"  # the method that the others are compared with, case by case
 GROUPS = {"floor": "what the model allows", "masks": "given the masks", "prompt": "given the prompts alone"}
 
@@ -45,6 +52,29 @@ def read_results(folder: Path) -> list[dict]:
     """Every edit of a results folder, its figures at the top level; NaN where JSON says so."""
     entries = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
     return [{**entry, **entry.pop("figures")} for entry in entries]
+
+
+def with_parts(results: list[dict], cases: list[Case]) -> list[dict]:
+    """The entries with the success of a part of their edits beside the whole: of those that the judge finds in the
+    ideal picture after the autoencoder (what it misses there says nothing about a method), and of each size class.
+    NaN where a case has no such edit, or no verdict on its ceiling."""
+    sizes = {case.name: {region.name: region.mask.mean() for region in case.regions} for case in cases}
+    shown = {entry["case"]: entry["edits"] for entry in results if entry["label"] == CEILING}
+
+    def part(edits: dict[str, bool], kept: set[str]) -> float:
+        values = [right for region, right in edits.items() if region in kept]
+        return float(np.mean(values)) if values else float("nan")
+
+    parted = []
+    for entry in results:
+        name, edits = entry["case"], entry["edits"]
+        kept = {
+            "of_ceiling": {region for region, right in shown.get(name, {}).items() if right},
+            "small": {region for region, size in sizes[name].items() if size < SMALL},
+            "larger": {region for region, size in sizes[name].items() if size >= SMALL},
+        }
+        parted.append({**entry, **{column: part(edits, regions) for column, regions in kept.items()}})
+    return parted
 
 
 def of_methods(results: list[dict], labels: list[str]) -> list[dict]:
@@ -91,9 +121,9 @@ def cell(values: np.ndarray, digits: int, factor: float) -> str:
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def table(results: list[dict], labels: list[str], columns: list[str]) -> str:
+def table(results: list[dict], labels: list[str], columns: dict[str, tuple[str, int, float]] = COLUMNS) -> str:
     """Markdown: one row per label."""
-    heads = [COLUMNS[name][0] for name in columns]
+    heads = [heading for heading, _, _ in columns.values()]
     marks = ["↑" if name in HIGHER else "↓" if name in LOWER else "" for name in columns]
     lines = [
         "| method | n | "
@@ -104,7 +134,7 @@ def table(results: list[dict], labels: list[str], columns: list[str]) -> str:
     for label in labels:
         rows = [entry for entry in results if entry["label"] == label]
         cells = [
-            cell(np.array([entry[name] for entry in rows], float), *COLUMNS[name][1:]) if rows else "–"
+            cell(np.array([entry[name] for entry in rows], float), *columns[name][1:]) if rows else "–"
             for name in columns
         ]
         lines.append(f"| {label} | {len(rows)} | " + " | ".join(cells) + " |")
@@ -127,9 +157,10 @@ def tables(results: list[dict]) -> str:
         parts.append(f"## {split}\n")
         for group, labels in order(rows).items():
             if labels:
-                parts.append(f"**{GROUPS[group]}**\n\n{table(rows, labels, list(COLUMNS))}\n")
+                parts.append(f"**{GROUPS[group]}**\n\n{table(rows, labels)}\n")
     tasks = sorted({entry["task"] for entry in results})
     labels = [label for group in order(results).values() for label in group]
+    parts.append(f"## edit success, of all edits and of some\n\n{table(results, labels, PARTS)}\n")
     lines = ["## edit success by task, %\n", "| method | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
     for label in labels:
         by_task = [
@@ -235,6 +266,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"no results in {args.results}: run `python -m benchmarks.run` first")
     if args.methods:
         results = of_methods(results, args.methods)
+    cases = load_cases(args.cases)
+    results = with_parts(results, cases)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = tables(results)
@@ -243,8 +276,8 @@ def main(argv: list[str] | None = None) -> None:
     labels = [label for group in order(results).values() for label in group]
     done = {entry["case"] for entry in results}
     for split in sorted({entry["split"] for entry in results}):
-        cases = [case for case in load_cases(args.cases) if case.split == split and case.name in done]
-        grid(cases, args.results, labels, args.rows).save(args.out / f"grid_{split}.png")
+        shown = [case for case in cases if case.split == split and case.name in done]
+        grid(shown, args.results, labels, args.rows).save(args.out / f"grid_{split}.png")
     cost_plot(results, args.out / "cost.png")
 
 

@@ -11,7 +11,7 @@ class Tape:
 
     def __init__(self):
         self.mode, self.source, self.own = "plain", {}, {}
-        self.alignment = self.cross = self.self_names = None
+        self.alignment = self.cross = self.self_names = self.kept = None
 
 
 class NaiveProcessor:
@@ -32,7 +32,8 @@ class NaiveProcessor:
             own = probs[-heads:]
             tape.own[self.name] = own
             if cross and tape.cross:
-                own = torch.where(tape.alignment.shared, tape.source[self.name][..., tape.alignment.mapper], own)
+                kept = own * tape.kept[own.shape[1]] if tape.kept else own
+                own = torch.where(tape.alignment.shared, tape.source[self.name][..., tape.alignment.mapper], kept)
             elif not cross and self.name in tape.self_names:
                 own = tape.source[self.name]
             probs = torch.cat([probs[:-heads], own])
@@ -56,12 +57,14 @@ def naive_edit(
     self_names,
     settings,
     added=None,
+    kept=None,
 ):
     """`regions`: list of (kind, token indices, soft mask, binary mask); `settings`: the pipe's keyword arguments;
-    `added`: SDXL's further conditions of "source", "target" and "plain" passes."""
+    `added`: SDXL's further conditions of "source", "target" and "plain" passes; `kept`: pixels of a layer -> (pixels,
+    tokens), how much of the target's own maps stays."""
     unet, n = pipe.unet, inversion.num_inference_steps
     tape, before = Tape(), dict(unet.attn_processors)
-    tape.alignment = alignment
+    tape.alignment, tape.kept = alignment, kept
     unet.set_attn_processor({name: NaiveProcessor(name, tape) for name in before})
     alphas = pipe.scheduler.alphas_cumprod
     stride = pipe.scheduler.config.num_train_timesteps // n

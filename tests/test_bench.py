@@ -248,7 +248,8 @@ def test_edit_success_reads_each_region_with_the_judge(perceptual, case, monkeyp
     monkeypatch.setattr(metrics, "is_right", right)
     figures = metrics.Meter(perceptual, Blank()).judged(case, case.image)
     assert asked == list(case.expected)
-    assert figures == {"success": 1 / len(case.regions), "bystanders": 1.0, "clip": 1.0}
+    edits = {region.name: region is case.regions[0] for region in case.regions}
+    assert figures == {"success": 1 / len(case.regions), "bystanders": 1.0, "clip": 1.0, "edits": edits}
 
 
 def test_a_verdict_needs_kind_color_and_texture():
@@ -443,6 +444,32 @@ def test_bootstrap_intervals_hold_the_mean_and_skip_nan():
     assert mean == 2 and 1 <= low < mean < high <= 3
     assert all(np.isnan(tables.bootstrap(np.array([np.nan]))))
     assert tables.bootstrap(np.full(9, 4.0)) == (4, 4, 4)
+
+
+def test_parts_of_the_edits_are_those_the_ceiling_shows_and_each_size(case):
+    a, b, *rest = (region.name for region in case.regions)
+    small = np.zeros_like(case.regions[0].mask)
+    small[:2, :2] = True
+    case = replace(case, regions=(replace(case.regions[0], mask=small), *case.regions[1:]))
+    others = dict.fromkeys(rest, False)
+    rows = [
+        {"label": label, "case": case.name, "edits": edits}
+        for label, edits in (("ideal_vae", {a: False, b: True, **others}), ("mde", {a: True, b: True, **others}))
+    ]
+    ceiling, mde = tables.with_parts(rows, [case])
+    assert mde["of_ceiling"] == ceiling["of_ceiling"] == 1
+    assert (mde["small"], mde["larger"]) == (1, 1 / (len(rest) + 1)) and ceiling["small"] == 0
+    assert np.isnan(tables.with_parts(rows[1:], [case])[0]["of_ceiling"])
+
+
+def test_the_ideal_is_left_out_where_there_is_none(tiny, tiny_cases, tmp_path):
+    cases = [replace(one, ideal=None) if i else one for i, one in enumerate(load_cases(tiny_cases))]
+    save_cases(cases, tmp_path / "cases")
+    run.main(arguments(tmp_path / "cases", tmp_path / "r", "--methods", "ideal", "ideal_vae", "vae"))
+    found = [(entry["label"], entry["case"]) for entry in tables.read_results(tmp_path / "r")]
+    assert sorted(found) == [("ideal", "case0"), ("ideal_vae", "case0"), ("vae", "case0"), ("vae", "case1")]
+    ideal = Image.open(tmp_path / "r" / "ideal" / "case0.png")
+    assert np.array_equal(np.asarray(ideal), np.asarray(cases[0].ideal))
 
 
 def test_paired_differences_use_shared_cases_alone():

@@ -26,8 +26,10 @@ SETTINGS = {
 DOG, RED = 2, 5
 
 
-@pytest.mark.parametrize("ccl_form", ["token_ratio", "both"])
-def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form):
+@pytest.mark.parametrize(
+    "ccl_form,outside,attribute", [("token_ratio", 1.0, 1.0), ("both", 1.0, 1.0), ("both", 0.25, 3.0)]
+)
+def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form, outside, attribute):
     h, w = inversion.latents.shape[-2:]
     layers = attention_layers(pipe.unet, (h, w))
     loss_layers = [layer for layer in layers if layer.is_cross and layer.size == (h, w)]
@@ -36,6 +38,12 @@ def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form):
         ("object", (DOG,), soft[0].flatten(), binarize_mask(soft[0]).flatten()),
         ("attribute", (RED,), soft[1].flatten(), binarize_mask(soft[1]).flatten()),
     ]
+    kept = {}
+    for size in {layer.size for layer in layers if layer.is_cross}:
+        dog, red = (resize_mask(torch.from_numpy(m) > 0, size).flatten() for m in masks)
+        kept[len(dog)] = torch.ones(len(dog), pipe.tokenizer.model_max_length)
+        kept[len(dog)][:, DOG] = dog + (1 - dog) * outside
+        kept[len(dog)][:, RED] = red * attribute + (1 - red) * outside
     expected = naive_edit(
         pipe,
         inversion,
@@ -47,6 +55,7 @@ def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form):
         [layer.name for layer in loss_layers],
         {layer.name for layer in layers if not layer.is_cross and layer.pixels <= h * w // 4},
         {**SETTINGS, "ccl_form": ccl_form},
+        kept=kept,
     )
     out = pipe(
         TARGET,
@@ -54,6 +63,8 @@ def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form):
         object_masks={"dog": masks[0]},
         attribute_masks={"red": masks[1]},
         ccl_form=ccl_form,
+        outside_attention=outside,
+        attribute_attention=attribute,
         output_type="latent",
         **SETTINGS,
     )

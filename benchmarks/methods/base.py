@@ -20,6 +20,7 @@ class Method:
         source: the paper, and what differs from it.
         settings: keyword arguments of `run`, with the values used.
         grid: per setting, what tuning tries.
+        needs_ideal: whether it looks at the case's ideal picture; not run where there is none.
     """
 
     run: Callable[..., Image.Image]
@@ -27,6 +28,7 @@ class Method:
     source: str
     settings: dict = field(default_factory=dict)
     grid: dict[str, tuple] = field(default_factory=dict)
+    needs_ideal: bool = False
 
     def __call__(self, pipe: MDEEditPipeline, case: Case, steps: int, seed: int, **settings) -> Image.Image:
         """Run with `settings` in place of the method's own.

@@ -70,6 +70,17 @@ def copy(pipe: MDEEditPipeline, case: Case, steps: int, seed: int) -> Image.Imag
     return Image.fromarray(np.asarray(case.image))
 
 
+def ideal(pipe: MDEEditPipeline, case: Case, steps: int, seed: int) -> Image.Image:
+    """The picture that a perfect edit gives: what the figures can reach."""
+    return Image.fromarray(np.asarray(case.ideal))
+
+
+def ideal_roundtrip(pipe: MDEEditPipeline, case: Case, steps: int, seed: int) -> Image.Image:
+    """The same through the autoencoder: what an edit of latents can reach."""
+    return pipe.decode(encode(pipe, case.ideal), "pil")[0][0]
+
+
+CEILING = "ideal_vae"  # the best that an edit of latents can do
 DIRECT = {"inversion": "direct", "guidance_scale": 2.5}
 NULL_TEXT = {"inversion": "null_text", "guidance_scale": 1.5}
 DEFAULTS = asdict(Settings())
@@ -90,6 +101,8 @@ METHODS = {
         "null-text inversion (Mokady et al., CVPR 2023) played back",
         NULL_TEXT,
     ),
+    "ideal": Method(ideal, "floor", "the ideal picture: a perfect edit", needs_ideal=True),
+    CEILING: Method(ideal_roundtrip, "floor", "the ideal picture after the autoencoder", needs_ideal=True),
     "mde": Method(
         mde,
         "masks",
