@@ -14,7 +14,9 @@ from mde_edit.localize import largest_islands, localization_layers, source_atten
 from mde_edit.prompts import prompt_phrases
 
 from benchmarks import localization
-from benchmarks.localization import iou, measure
+from benchmarks.cases import save_cases
+from benchmarks.draw import draw_case
+from benchmarks.localization import iou, measure, seen_scene
 from training.scenes import Scene, random_scene
 
 from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, state_of
@@ -202,10 +204,12 @@ def test_the_embedded_model_finds_what_it_sees():
     pipe = MDEEditPipeline.from_pretrained("emoji_ldm")
     pipe.set_progress_bar_config(disable=True)
     rng = random.Random(5)
-    entries = [e for k in range(4) for e in measure(pipe, random_scene(rng, held_out=True), k, steps=10)]
+    entries = [
+        e for k in range(4) for e in measure(pipe, seen_scene(random_scene(rng, held_out=True), k, 128), steps=10)
+    ]
     assert np.mean([entry["iou"] for entry in entries]) > 0.75
     assert all(entry["everything"] < entry["ceiling"] <= 1 for entry in entries)
-    alone = measure(pipe, Scene.of("cat", background="on grass"), 0, steps=10)
+    alone = measure(pipe, seen_scene(Scene.of("cat", background="on grass"), 0, 128), steps=10)
     assert alone[0]["iou"] > 0.85
 
 
@@ -214,5 +218,14 @@ def test_the_benchmark_prints_a_row_per_softness(capsys):
     head, _, *rows = capsys.readouterr().out.strip().splitlines()
     assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 0.2"]
     assert all(row.count("|") == head.count("|") for row in rows)
-    sharp, soft = (float(row.split(" | ")[-1].split()[0]) for row in rows)
+    sharp, soft = (float(row.split(" | ")[-2].split()[0]) for row in rows)
     assert soft < sharp  # diluted attention lies less in the masks
+
+
+def test_real_cases_are_measured_as_scenes_are(capsys, tmp_path):
+    """The words of a case's source, of pictures of any size."""
+    case = draw_case("dev", "non_overlap", "object", 0, size=134)
+    save_cases([case], tmp_path)
+    localization.main(["--cases", str(tmp_path), "--steps", "3"])
+    row = capsys.readouterr().out.strip().splitlines()[-1].split(" | ")
+    assert int(row[1]) == len(case.regions) and all(0 <= float(cell.split()[0].strip("|")) <= 1 for cell in row[4:])
