@@ -19,7 +19,7 @@ from mde_edit.attention_processors import Record, attention_control
 from mde_edit.tools.rows import read_rows
 from PIL import Image
 
-from benchmarks import attention, convert, draw, metrics, run, tables, tradeoff, tune
+from benchmarks import attention, convert, draw, metrics, run, softness, tables, tradeoff, tune
 from benchmarks.cases import Case, Region, load_cases, save_cases, touching
 from benchmarks.methods import METHODS
 from benchmarks.methods.base import Method
@@ -289,7 +289,8 @@ def test_a_verdict_needs_kind_color_and_texture():
 def tiny(pipe, monkeypatch):
     """The runner on the tiny random pipeline."""
     monkeypatch.setattr(run, "load_pipe", lambda *_: pipe)
-    monkeypatch.setattr(tune, "load_pipe", lambda *_: pipe)
+    for module in (softness, tune):
+        monkeypatch.setattr(module, "load_pipe", lambda *_: pipe)
     return pipe
 
 
@@ -470,6 +471,31 @@ def test_the_ideal_is_left_out_where_there_is_none(tiny, tiny_cases, tmp_path):
     assert sorted(found) == [("ideal", "case0"), ("ideal_vae", "case0"), ("vae", "case0"), ("vae", "case1")]
     ideal = Image.open(tmp_path / "r" / "ideal" / "case0.png")
     assert np.array_equal(np.asarray(ideal), np.asarray(cases[0].ideal))
+
+
+def test_the_curve_has_a_point_per_softness(tiny, tiny_cases, tmp_path, capsys):
+    folders = [tmp_path / "sharp", tmp_path / "soft"]
+    for folder, factor in zip(folders, ("1", "0.5")):
+        run.main(arguments(tiny_cases, folder, "--methods", "none", "both", "--soften", factor))
+    command = ["--cases", str(tiny_cases), "--steps", "3", "--out", str(tmp_path), "--results"]
+    softness.main([*command, *map(str, folders)])
+    *_, sharp, soft = (tmp_path / "softness.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in (sharp, soft)] == ["| 1", "| 0.5"] and " | both | " in sharp
+    assert Image.open(tmp_path / "softness.png").width > 0
+    for path in (folders[1] / "none").glob("*"):
+        path.replace(folders[0] / "both" / f"soft_{path.name}")
+    with pytest.raises(ValueError, match="sharp holds results of 2 models and softnesses"):
+        softness.main([*command, str(folders[0])])
+
+
+def test_a_gain_is_told_case_by_case():
+    rows = [
+        {"label": label, "case": case, "success": value, "in_psnr": 10 * value, "bg_psnr": 30.0}
+        for label, case, value in (("none", "x", 0.0), ("mde", "x", 0.5), ("none", "y", 1.0), ("mde", "y", 1.0))
+    ]
+    found = softness.point([*rows, {**rows[0], "case": "z"}], ["mde"])
+    assert found["n"] == 2 and found["base"][0] == 0.5
+    assert found["gains"]["mde"]["success"][0] == 0.25 and found["gains"]["mde"]["in_psnr"][0] == 2.5
 
 
 def test_paired_differences_use_shared_cases_alone():
