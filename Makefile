@@ -100,20 +100,21 @@ diffusers-suite: $(VENV)/test
 lint: $(VENV)/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# What a pull request to diffusers' examples/community adds: one file, a table row and a section.
+# What a pull request to diffusers' examples/community adds: a file per pipeline, a table row and a section.
 bundle: $(VENV)/demo
 	mkdir -p build/community
 	$(BIN)/mde-edit bundle --out build/community/mde_edit.py
+	$(BIN)/mde-edit bundle --xl --out build/community/mde_edit_xl.py
 	cp community/README.md build/community/
 
 # The folder that `ModularPipelineBlocks.from_pretrained` loads; docs/modular.md.
 blocks: $(VENV)/demo
 	$(BIN)/mde-edit bundle --blocks --out build/blocks
 
-# make hub REPO=user/name [MODEL=emoji_ldm | BLOCKS=1] [DRY=1]
+# make hub REPO=user/name [MODEL=emoji_ldm | BLOCKS=1] [XL=1] [DRY=1]
 hub: $(VENV)/demo
 	$(BIN)/mde-edit push $(or $(REPO),$(error say where to: make hub REPO=user/name)) \
-		$(if $(MODEL),--with-model $(MODEL)) $(if $(BLOCKS),--blocks) $(if $(DRY),--dry-run)
+		$(if $(MODEL),--with-model $(MODEL)) $(if $(BLOCKS),--blocks) $(if $(XL),--xl) $(if $(DRY),--dry-run)
 
 # make space REPO=user/name [DRY=1]
 space: $(VENV)/demo

@@ -71,7 +71,8 @@ def self_contained_source(path: Path) -> str:
 class CarriesItsCode:
     """Mixin of a diffusers pipeline: components shared as they are, and a saved pipeline that any machine can load.
 
-    A class states `source_file`, its module's `__file__`, and `module_name`, under which a saved pipeline has the code.
+    A class states `source_file`, its module's `__file__`, and `module_name`, under which a saved pipeline has the code;
+    `check_parts(pipeline, fault)` raises `ValueError` for a pipeline whose components it cannot take, `fault` or not.
     """
 
     source_file: Path
@@ -79,7 +80,7 @@ class CarriesItsCode:
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """A pipeline with the components of another Stable Diffusion pipeline, shared, in the dtypes they have.
+        """A pipeline with the components of another pipeline of its family, shared, in the dtypes they have.
 
         Unlike [`DiffusionPipeline.from_pipe`], which casts them, and so the source pipeline, to float32 unless told
         otherwise. With `dtype` (`torch_dtype` before diffusers 0.40) the shared components are cast to that.
@@ -92,12 +93,7 @@ class CarriesItsCode:
             )
         components, options = cls._get_signature_keys(cls)
         missing = sorted(set(components) - set(pipeline.components) - set(cls._optional_components))
-        if missing or "text_encoder_2" in pipeline.components:
-            found = f"it has no {', '.join(missing)}" if missing else "it has two text encoders"
-            raise ValueError(
-                f"A {type(pipeline).__name__} is not of Stable Diffusion 1.x/2.x's kind ({found}): {cls.__name__}"
-                " cannot edit with its parts."
-            )
+        cls.check_parts(pipeline, f"it has no {', '.join(missing)}" if missing else None)
         shared = {k: v for k, v in pipeline.components.items() if k in components}
         shared.update({k: pipeline.config[k] for k in options if k in pipeline.config})
         pipe = cls(**{**shared, **kwargs})

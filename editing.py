@@ -167,6 +167,19 @@ class EditsPictures(ReadsPrompts):
     # Check and prepare
     # -----------------------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def check_parts(cls, pipeline, fault: str | None = None) -> None:
+        """Raise `ValueError` for a `pipeline` of another family, whose parts this class cannot take, or for a `fault`
+        that they have."""
+        cls.check_unet(pipeline.components.get("unet"))
+        if fault is None and ("text_encoder_2" in pipeline.components) != (cls.family == "sdxl"):
+            fault = f"it has {'one text encoder' if cls.family == 'sdxl' else 'two text encoders'}"
+        if fault is not None:
+            raise ValueError(
+                f"A {type(pipeline).__name__} is not of {FAMILIES[cls.family][0]}'s kind ({fault}): {cls.__name__}"
+                " cannot edit with its parts."
+            )
+
     def register_modules(self, **modules) -> None:
         self.check_unet(modules.get("unet"))
         super().register_modules(**modules)
@@ -731,6 +744,7 @@ class EditsPictures(ReadsPrompts):
         Raises:
             ValueError: both are given or neither, or what is given with them contradicts them.
         """
+        self.check_model()
         check_setting("inversion_method", inversion_method, str, choices=INVERSION_METHODS)
         check_setting("guidance_rescale", guidance["guidance_rescale"], float | None, 0, 1)
         if inversion is not None:
@@ -775,7 +789,6 @@ class EditsPictures(ReadsPrompts):
 
     def check_given(self, inversion: Inversion, num_inference_steps, guidance, size, reading) -> Source:
         """An inversion as the source of edits; raises `ValueError` for what is given with it and contradicts it."""
-        self.check_model()
         for (name, wanted), latent in zip(size.items(), inversion.latents.shape[-2:]):
             own = latent * self.vae_scale_factor
             if check_setting(name, wanted, int | None, 1) not in (None, own):

@@ -421,6 +421,8 @@ class Inversion:
             shapes |= {name: (tensor, 2, (1,)) for name, tensor in beside.items()}
         elif any(tensor is not None for tensor in beside.values()):
             raise ValueError(f"its {', '.join(beside)} are another family's")
+        if self.time_ids is not None and self.time_ids.shape[1] != 6:
+            raise ValueError(f"its time_ids are {self.time_ids.shape[1]}, not a picture's six")
         for name, (tensor, axes, lengths) in shapes.items():
             if not isinstance(tensor, torch.Tensor) or tensor.ndim != axes or 0 in tensor.shape:
                 raise ValueError(f"its {name} are no tensor of {axes} axes")

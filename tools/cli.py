@@ -14,6 +14,7 @@ from ..bundle import self_contained_source
 from ..inversion import Inversion
 from ..masks import as_binary_mask
 from ..mde_pipeline import MDEEditPipeline
+from ..mde_pipeline_xl import MDEEditXLPipeline
 from .edit import (
     Failed,
     Regions,
@@ -156,7 +157,8 @@ def run_bundle(args: argparse.Namespace) -> str:
     if args.blocks:
         files = {check_out(args.out, folder=True) / name: data for name, data in files_of_blocks(ROOT).items()}
     else:
-        files = {out: self_contained_source(MDEEditPipeline.source_file).encode()}
+        editor = MDEEditXLPipeline if args.xl else MDEEditPipeline
+        files = {out: self_contained_source(editor.source_file).encode()}
     for path, data in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -164,12 +166,15 @@ def run_bundle(args: argparse.Namespace) -> str:
 
 
 def run_push(args: argparse.Namespace) -> str:
+    if args.xl and (args.space or args.blocks):
+        raise ValueError("--xl goes with the pipeline: blocks and page edit with Stable Diffusion 1.x/2.x alone.")
     if args.space:
         files = files_of_space(ROOT)
     elif args.blocks:
         files = files_of_blocks(ROOT)
     else:
-        files = files_to_push(ROOT, Path(args.with_model) if args.with_model else None)
+        editor = MDEEditXLPipeline if args.xl else MDEEditPipeline
+        files = files_to_push(ROOT, Path(args.with_model) if args.with_model else None, editor)
     listing = "".join(f"{len(data):>10}  {path}\n" for path, data in files.items())
     summary = f"{len(files)} files, {sum(map(len, files.values()))} bytes"
     if args.dry_run:

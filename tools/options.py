@@ -180,7 +180,9 @@ def build_parser() -> Parser:
             add_flag(sub, name, option)
     bundle = commands.add_parser("bundle", help="write the pipeline as one self-contained file")
     bundle.add_argument("--out", required=True, help="the file to write; diffusers finds it by its name, mde_edit.py")
-    bundle.add_argument(
+    form = bundle.add_mutually_exclusive_group()
+    form.add_argument("--xl", action="store_true", help="SDXL's pipeline instead, mde_edit_xl.py")
+    form.add_argument(
         "--blocks", action="store_true", help="the blocks for Modular Diffusers instead, as a folder, which --out names"
     )
     hub = commands.add_parser("push", help="upload the pipeline's code and card to the Hugging Face Hub")
@@ -189,6 +191,7 @@ def build_parser() -> Parser:
     what.add_argument("--with-model", metavar="FOLDER", help="a saved pipeline that goes there too, such as emoji_ldm")
     what.add_argument("--blocks", action="store_true", help="the blocks for Modular Diffusers instead")
     what.add_argument("--space", action="store_true", help="a Space with the page of `mde-edit app` instead")
+    hub.add_argument("--xl", action="store_true", help="the pipeline of SDXL, which has a repository of its own")
     hub.add_argument("--dry-run", action="store_true", help="only list what would go")
     hub.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     hub.add_argument("--message", default="Upload MDE-Edit", help="of the commit")

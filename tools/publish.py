@@ -3,6 +3,7 @@
 the blocks for Modular Diffusers; or a Space."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -12,20 +13,25 @@ from ..bundle import imported_modules, self_contained_source
 from ..mde_pipeline import MDEEditPipeline
 
 
-def files_to_push(root: Path, model: Path | None = None) -> dict[str, bytes]:
+# The card of each pipeline's repository.
+CARDS = {"MDEEditPipeline": "model_card.md", "MDEEditXLPipeline": "model_card_xl.md"}
+
+
+def files_to_push(root: Path, model: Path | None = None, editor: type = MDEEditPipeline) -> dict[str, bytes]:
     """The repository's content, {path: bytes}, such that `custom_pipeline="user/name"` finds the code.
 
     Args:
-        root: a clone of this repository. Its `model_card.md` becomes the repository's `README.md`.
+        root: a clone of this repository. One of its `CARDS` becomes the repository's `README.md`.
         model: folder of a saved pipeline. It goes to the root of the repository with the pipeline in one file, so that
             `from_pretrained("user/name", trust_remote_code=True)` loads both.
+        editor: the class of pipeline, of which diffusers wants one per repository.
 
     Raises:
         ValueError: `root` or `model` lacks a file that has to go.
     """
-    entry = root / "pipeline.py"
-    sources = {module.name: module for module in (imported_modules(entry) if entry.is_file() else [entry])}
-    sources |= {"LICENSE": root / "LICENSE", "README.md": root / "model_card.md"}
+    entry, code = root / "pipeline.py", root / editor.source_file.name
+    sources = {module.name: module for module in (imported_modules(code) if code.is_file() else [code])}
+    sources |= {entry.name: entry, "LICENSE": root / "LICENSE", "README.md": root / CARDS[editor.__name__]}
     if model is not None:
         sources["model_index.json"] = model / "model_index.json"
         for path in sorted(p for p in model.glob("*/*") if p.is_file()):
@@ -34,10 +40,13 @@ def files_to_push(root: Path, model: Path | None = None) -> dict[str, bytes]:
     if missing:
         raise ValueError(f"{', '.join(missing)} not found: push from a clone of the repository, and a saved pipeline.")
     files = {name: path.read_bytes() for name, path in sources.items()}
+    # the entry imports the one pipeline of this repository
+    own = re.sub(r"\bMDEEditPipeline\b", editor.__name__, entry.read_text(encoding="utf-8"))
+    files[entry.name] = re.sub(r"\bmde_pipeline\b", code.stem, own).encode()
     if model is not None:
-        index = {**json.loads(files["model_index.json"]), "_class_name": MDEEditPipeline._index_name()}
+        index = {**json.loads(files["model_index.json"]), "_class_name": editor._index_name()}
         files["model_index.json"] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-        files[f"{MDEEditPipeline.module_name}.py"] = self_contained_source(root / "mde_pipeline.py").encode()
+        files[f"{editor.module_name}.py"] = self_contained_source(code).encode()
     return dict(sorted(files.items()))
 
 
