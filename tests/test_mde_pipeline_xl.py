@@ -16,7 +16,6 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.callbacks import SDXLCFGCutoffCallback
 from mde_edit import Inversion, MDEEditPipeline, MDEEditXLPipeline
@@ -427,10 +426,8 @@ def test_the_refiner_and_other_models_are_refused_by_name(parts, own, image, inv
             one.invert(image, SOURCE)
         with pytest.raises(ValueError, match=message):
             one(TARGET, inversion)
-    inpainting = make_xl(
-        {**parts, "unet": UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 9})},
-        MDEEditXLPipeline,
-    )
+    inpainting = copy.deepcopy(own)
+    inpainting.unet.register_to_config(in_channels=9)
     with pytest.raises(ValueError, match="reads 9 channels.*text-to-image model of SDXL"):
         inpainting.invert(image, SOURCE)
     own.unet.encoder_hid_proj = torch.nn.Identity()
