@@ -1,19 +1,21 @@
 """The Python blocks of the documents run as they stand, in order, one process per document.
 
 The working directory looks like a clone that also holds a clone called `mde_edit`; the Hub is on loopback, with the
-embedded model in Stable Diffusion's place and this repository at user/mde-edit; "cuda" is read as "cpu", an inversion
-at the defaults as one of four steps. A block that needs more than that is marked by a line
-`<!-- not executed: why -->` right above it.
+embedded model in Stable Diffusion's place, a small one in SDXL's, and this repository at user/mde-edit and
+user/mde-edit-xl; "cuda" is read as "cpu", an inversion at the defaults as one of four steps. A block that needs more
+than that is marked by a line `<!-- not executed: why -->` right above it.
 """
 
 import json
 import re
 
 import pytest
-from mde_edit.tools.publish import files_of_blocks
+from diffusers import StableDiffusionXLPipeline
+from mde_edit.tools.publish import files_of_blocks, files_to_push
 
 from .door_kit import ROOT, clone, run_script
 from .loopback_hub import Hub
+from .tiny_xl import make_components, make_xl
 
 
 DOCUMENTS = sorted(p.relative_to(ROOT).as_posix() for form in ("*.md", "[!.]*/*.md") for p in ROOT.glob(form))
@@ -37,12 +39,16 @@ def test_blocks_are_found_and_marked_ones_left_out():
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    from mde_edit import MDEEditPipeline
+def hub(tmp_path_factory, tokenizer):
+    from mde_edit import MDEEditPipeline, MDEEditXLPipeline
 
     carrier = tmp_path_factory.mktemp("carrier")
     MDEEditPipeline.from_pretrained(ROOT / "emoji_ldm").save_pretrained(carrier)
+    sdxl = tmp_path_factory.mktemp("sdxl")
+    make_xl(make_components(tokenizer), StableDiffusionXLPipeline).save_pretrained(sdxl)
     hub = Hub()
+    hub.add("stabilityai/stable-diffusion-xl-base-1.0", sdxl)
+    hub.add("user/mde-edit-xl", files_to_push(ROOT, editor=MDEEditXLPipeline))
     hub.add("CompVis/stable-diffusion-v1-4", ROOT / "emoji_ldm")
     hub.add("user/mde-edit", clone(tmp_path_factory.mktemp("hub") / "mde_edit"))
     hub.add("user/emoji-ldm-mde", carrier)

@@ -7,7 +7,6 @@ import shutil
 import pytest
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from mde_edit import MDEEditPipeline, MDEEditXLPipeline
-from mde_edit.bundle import self_contained_source
 from mde_edit.tools import cli
 from mde_edit.tools.publish import files_to_push
 
@@ -59,57 +58,43 @@ def test_what_goes_is_one_pipeline(pushed):
     )
 
 
-def test_local_code_and_what_is_saved_and_bundled(models, pushed, expected, tmp_path):
+def test_every_door(models, pushed, expected, tmp_path):
     bundle = tmp_path / "mde_edit_xl.py"
     assert cli.main(["bundle", "--xl", "--out", str(bundle)]) == 0
-    assert bundle.read_text() == self_contained_source(ROOT / "mde_pipeline_xl.py")
     MDEEditXLPipeline.from_pretrained(models / "xl").save_pretrained(tmp_path / "saved")
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
     assert index["_class_name"] == ["mde_edit_xl", "MDEEditXLPipeline"]
     assert (tmp_path / "saved" / "mde_edit_xl.py").read_text() == bundle.read_text()
-    script = f"""
-from diffusers import DiffusionPipeline
-def load(name, model, code):
-    pipe = DiffusionPipeline.from_pretrained({str(models)!r} + "/" + model, custom_pipeline=code{TRUST})
-    print(name, short_edit(pipe))
-load("file", "xl", {str(ROOT / "mde_pipeline_xl.py")!r})
-load("sd", "sd", {str(ROOT)!r})
-load("folder", "xl", {str(pushed)!r})
-load("sd_again", "sd", {str(ROOT)!r})
-load("bundle", "xl", {str(bundle)!r})
-print("saved", short_edit(DiffusionPipeline.from_pretrained({str(tmp_path / "saved")!r}{TRUST})))
-"""
-    printed, _ = run_script(script, tmp_path / "home", tmp_path)
-    assert {name: value for name, value in printed.items() if name.startswith("sd")} == {
-        "sd": expected["sd"],
-        "sd_again": expected["sd"],
-    }
-    assert {name: printed[name] for name in ("file", "folder", "bundle", "saved")} == dict.fromkeys(
-        ("file", "folder", "bundle", "saved"), expected["xl"]
-    )
-
-
-def test_the_hub(models, pushed, expected, tmp_path):
     hub = Hub()
     hub.add("user/xl", models / "xl")
     hub.add("user/mde-edit-xl", pushed)
     hub.add("user/mde-edit", clone(tmp_path / "clone"))
     script = f"""
 from diffusers import DiffusionPipeline
-def load(code):
-    return DiffusionPipeline.from_pretrained("user/xl", custom_pipeline=code{TRUST})
-pipe = load("user/mde-edit-xl")
-print("module", type(pipe).__module__.split(".")[-1])
-print("edit", short_edit(pipe))
+def load(name, code, model={str(models / "xl")!r}):
+    pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=code{TRUST})
+    print(name, short_edit(pipe))
+    return pipe
+load("file", {str(ROOT / "mde_pipeline_xl.py")!r})
+load("other", {str(ROOT)!r}, {str(models / "sd")!r})
+load("folder", {str(pushed)!r})
+load("other_again", {str(ROOT)!r}, {str(models / "sd")!r})
+load("bundle", {str(bundle)!r})
+print("module", type(load("hub", "user/mde-edit-xl", "user/xl")).__module__.split(".")[-1])
+print("saved", short_edit(DiffusionPipeline.from_pretrained({str(tmp_path / "saved")!r}{TRUST})))
 try:
-    load("user/mde-edit")
+    load("never", "user/mde-edit", "user/xl")
 except ValueError as error:
-    print("other", error)
+    print("refused", error)
 """
     with hub.running():
         printed, _ = run_script(script, tmp_path / "home", tmp_path, hub)
-    assert "use MDEEditXLPipeline" in printed.pop("other")
-    assert printed == {"module": "mde_pipeline_xl", "edit": expected["xl"]}
+    assert "use MDEEditXLPipeline" in printed.pop("refused")
+    assert printed.pop("module") == "mde_pipeline_xl"
+    assert printed == {
+        **dict.fromkeys(("file", "folder", "bundle", "hub", "saved"), expected["xl"]),
+        **dict.fromkeys(("other", "other_again"), expected["sd"]),
+    }
 
 
 def test_xl_is_not_for_blocks_or_a_page(capsys):

@@ -1,0 +1,112 @@
+"""What each pass of an edit costs with SDXL at 1024x1024, beside Stable Diffusion 1.4's at 512x512: FLOPs and peak of
+activations, counted as benchmarks/engine.py counts them, on tensors without data.
+
+    python -m benchmarks.engine_xl --out bench_out/engine_xl.md
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from mde_edit.denoise import PRESETS
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.engine import GIB, LATENT_SIZE, TERA, Cost, Pass, cost_of, make_scene, passes_of, sd14
+
+
+LATENT_SIZE_XL = (128, 128)
+NULL = Pass("null iteration")  # of the one inversion that an edit need not have
+
+
+def sdxl() -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """SDXL's two large parts, with random weights."""
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        scaling_factor=0.13025,
+        sample_size=1024,
+    )
+    return unet.eval(), vae.eval().requires_grad_(False)
+
+
+MODELS = {  # column: model, latents, dtype of the U-Net; the VAE's is float32
+    "SD 1.4, float32": (sd14, LATENT_SIZE, torch.float32),
+    "SDXL, float32": (sdxl, LATENT_SIZE_XL, torch.float32),
+    "SDXL, float16": (sdxl, LATENT_SIZE_XL, torch.float16),
+}
+PROGRAMS = {  # name: steps, settings
+    "edit, defaults": (50, {}),
+    "edit, `fast`, 10 steps": (10, PRESETS["fast"]),
+}
+
+
+def column(model, latent_size: tuple[int, int], dtype: torch.dtype) -> tuple[dict[str, Cost], float]:
+    """Of a model: its passes' and programs' costs by name, and its weights in bytes."""
+    with FakeTensorMode():
+        _, vae = model()
+        unet, _ = in_dtype(dtype, model)
+        scenes = {
+            name: make_scene(unet, vae, latent_size, steps, **settings) for name, (steps, settings) in PROGRAMS.items()
+        }
+        scene = next(iter(scenes.values()))
+        passes = {name: passes_of(one, "edit") + passes_of(one, "direct") for name, one in scenes.items()}
+        kinds = {kind for counter in passes.values() for kind in counter} | {NULL}
+        costs = {kind: cost_of(scene, kind) for kind in sorted(kinds)}
+        weights = sum(p.numel() * p.itemsize for part in (unet, vae) for p in part.parameters())
+    programs = {f"**{name}, with its direct inversion**": total(counter, costs) for name, counter in passes.items()}
+    return {**{str(kind): cost for kind, cost in costs.items()}, **programs}, weights
+
+
+def in_dtype(dtype: torch.dtype, make: Callable):
+    """What `make` makes, in `dtype` from the start: parameters without data cannot be cast in place."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def total(passes: Counter[Pass], costs: dict[Pass, Cost]) -> Cost:
+    return Cost(sum(n * costs[kind].flops for kind, n in passes.items()), max(costs[kind].peak for kind in passes))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
+    args = parser.parse_args(argv)
+    columns = {name: column(*model) for name, model in MODELS.items()}
+    heads = " | ".join(f"{name}: TFLOP | peak, GiB" for name in columns)
+    lines = [f"| pass | {heads} |", "|---" * (1 + 2 * len(columns)) + "|"]
+    for row in next(iter(columns.values()))[0]:
+        cells = [f"{costs[row].flops / TERA:.2f} | {costs[row].peak / GIB:.2f}" for costs, _ in columns.values()]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    weights = " | ".join(f"| {size / GIB:.2f}" for _, size in columns.values())
+    lines += [f"| *weights, U-Net and VAE* | {weights} |", "", f"torch {torch.__version__}."]
+    text = "\n".join(lines) + "\n"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
