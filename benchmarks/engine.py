@@ -215,13 +215,14 @@ def make_scene(unet, vae, latent_size: tuple[int, int], steps: int = 50, **setti
     )
     inside = torch.zeros(1, 1, h, w, dtype=torch.bool, device=device)
     inside[..., h // 4 : h // 2, w // 4 : w // 2] = True
-    mask = F.interpolate(inside.float(), loss_layers[0].size).flatten()
+    shares = {layer.size: F.interpolate(inside.float(), layer.size).flatten() for layer in layers}
+    mask = shares[loss_layers[0].size]
     positions = torch.arange(TOKENS, device=device)
     edit = Edit(
         conditioning=make_text(unet),
         alignment=TokenAlignment(positions, (positions != NEW[0]) & (positions != NEW[1])),
-        objects=[Region("object", (NEW[0],), mask)],
-        attributes=[Region("attribute", (NEW[1],), mask)],
+        objects=[Region("object", (NEW[0],), mask, shares)],
+        attributes=[Region("attribute", (NEW[1],), mask, shares)],
         mask=inside,
     )
     return Scene(unet, vae, run, edit)
