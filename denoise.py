@@ -324,34 +324,45 @@ def guide_latents(
     Raises:
         FloatingPointError: loss or gradient left the finite numbers.
     """
-    settings = run.settings
+    settings, dtype = run.settings, run.unet.dtype
     sigma = noise_level(run.scheduler, t)
-    inside = edit.mask.expand_as(latents)
-    history, first_maps = [], None
+    count = edit.mask.sum() * latents.shape[1]  # of values in M
+    told, first_maps = [], None
     for iteration in range(settings.optimization_iterations):
         with torch.enable_grad():
             latents = latents.detach().requires_grad_()
             lora_scale = run.inversion.lora_scale
             maps = own_maps(run.unet, latents, t, edit.conditioning, inject, run.loss_layers, lora_scale)
             losses = edit_losses(maps, shared_attention, edit, settings)
-            grad = gradient(losses["loss"], latents, run.unet.dtype)
-        if not (torch.isfinite(losses["loss"]) and torch.isfinite(grad).all()):
-            raise FloatingPointError(
-                f"The latent guidance left the finite numbers at timestep {int(t)}, iteration {iteration} (loss"
-                f" {losses['loss'].item()}). Lower `step_size` or `max_update`, or load the U-Net in float32."
-            )
+            grad = gradient(losses["loss"], latents, dtype)
         first_maps = maps.detach() if first_maps is None else first_maps
         latents = latents.detach()
-        update, capped = settings.step_size * sigma * grad, 0.0
+        update, capped = settings.step_size * sigma * grad, count.new_zeros(())
         if settings.max_update is not None:
-            cap = settings.max_update * latents[inside].square().mean().sqrt()
-            capped = (update[inside].abs() > cap).float().mean().item()
+            cap = settings.max_update * (latents.square() * edit.mask).sum().div(count).sqrt()
+            capped = ((update.abs() > cap) & edit.mask).sum() / count
             update = update.clamp(-cap, cap)
-        latents = torch.where(inside, latents - update, latents)
-        history.append({"iteration": iteration, "capped": capped, **{k: v.item() for k, v in losses.items()}})
-        if iteration and abs(history[-2]["loss"] - history[-1]["loss"]) < settings.optimization_tolerance:
-            break
+        latents = torch.where(edit.mask, latents - update, latents)
+        finite = torch.isfinite(losses["loss"]) & torch.isfinite(grad).all()
+        told.append({"capped": capped, **losses, "finite": finite})
+        # Only a tolerance looks at the loss now: reading a number makes a GPU wait for it.
+        if settings.optimization_tolerance and iteration:
+            if (told[-2]["loss"] - told[-1]["loss"]).abs() < settings.optimization_tolerance:
+                break
+    history = read_history(told)
+    bad = next((entry for entry in history if not entry.pop("finite")), None)
+    if bad:
+        raise FloatingPointError(
+            f"The latent guidance left the finite numbers at timestep {int(t)}, iteration {bad['iteration']} (loss"
+            f" {bad['loss']}). Lower `step_size` or `max_update`, or load the U-Net in float32."
+        )
     return latents, history, first_maps
+
+
+def read_history(told: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
+    """Scalars of every iteration as numbers, read from the device at once."""
+    rows = torch.stack([torch.stack([value.detach().float() for value in entry.values()]) for entry in told]).tolist()
+    return [{"iteration": k, **dict(zip(entry, row))} for k, (entry, row) in enumerate(zip(told, rows))]
 
 
 def edit_losses(
