@@ -119,9 +119,8 @@ class Run:
     """What all steps and all target prompts of one picture share, and which mechanism acts at which step.
 
     scheduler: a `DDIMScheduler`, timesteps set. inversion: on the U-Net's device. source_conditioning: of one
-    row, the source prompt. guidance_rescale: see [`guided_noise`].
-    layers: all of the U-Net's attention layers; loss_layers: those the losses read. capture_maps: whether [`Step.maps`]
-    is asked for.
+    row, the source prompt. guidance_rescale: see [`guided_noise`]. layers: all of the U-Net's attention layers;
+    loss_layers: those the losses read. capture_maps: whether [`Step.maps`] is asked for.
     """
 
     unet: torch.nn.Module

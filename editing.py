@@ -1246,6 +1246,12 @@ class EditsPictures(ReadsPrompts):
             )
         tensors |= returned or {}
         parts = {part: tensors[name][-len(edits) :] for part, name in TENSOR_INPUTS.items() if name in tensors}
+        short = [TENSOR_INPUTS[part] for part, rows in parts.items() if len(rows) < len(edits)]
+        if short:
+            raise ValueError(
+                f"`callback_on_step_end` returned {', '.join(short)} with fewer rows than the {len(edits)} edits: leave"
+                " them out to keep what there is, or return a row for each."
+            )
         rows = [Conditioning(**{part: rows[k : k + 1] for part, rows in parts.items()}) for k in range(len(edits))]
         return tensors["latents"], [replace(edit, conditioning=row) for edit, row in zip(edits, rows)]
 

@@ -23,7 +23,7 @@ from .conditioning import Conditioning
 
 INVERSION_METHODS = ("null_text", "negative_prompt", "direct")
 
-# What inversions of each family of models are called in them, the models, and the class that edits with them.
+# Families of models, by the tag that their inversions have: what they are called, and the class that edits with them.
 FAMILIES = {"sd": ("Stable Diffusion 1.x/2.x", "MDEEditPipeline"), "sdxl": ("SDXL", "MDEEditXLPipeline")}
 
 # Of a prediction's norm, by the U-Net's dtype. Measured on emoji_ldm: rounding 3e-7, 5e-4 and 4e-3, weights moved by a
@@ -421,8 +421,6 @@ class Inversion:
             shapes |= {name: (tensor, 2, (1,)) for name, tensor in beside.items()}
         elif any(tensor is not None for tensor in beside.values()):
             raise ValueError(f"its {', '.join(beside)} are another family's")
-        if self.time_ids is not None and self.time_ids.shape[1] != 6:
-            raise ValueError(f"its time_ids are {self.time_ids.shape[1]}, not a picture's six")
         for name, (tensor, axes, lengths) in shapes.items():
             if not isinstance(tensor, torch.Tensor) or tensor.ndim != axes or 0 in tensor.shape:
                 raise ValueError(f"its {name} are no tensor of {axes} axes")
@@ -430,6 +428,8 @@ class Inversion:
                 raise ValueError(f"its {name} are {len(tensor)} for {steps} steps")
             if tensor.is_complex() or not torch.isfinite(tensor).all():
                 raise ValueError(f"its {name} are not finite numbers")
+        if self.time_ids is not None and self.time_ids.shape[1] != 6:
+            raise ValueError(f"its time_ids are {self.time_ids.shape[1]}, not a picture's six")
         if self.timesteps.is_floating_point() or self.timesteps.min() < 0:
             raise ValueError("its timesteps are not whole numbers from 0")
         if not isinstance(self.fingerprint, torch.Tensor) or self.fingerprint.ndim != 4:

@@ -33,6 +33,7 @@ TESTS = (
     "inversion",
     "denoise",
     "mde_pipeline",
+    "mde_pipeline_xl",
     "embeds",
     "arguments",
     "localize",
@@ -40,6 +41,7 @@ TESTS = (
     "threads",
     "dropin",
     "doors",
+    "doors_xl",
     "publish",
     "modular",
 )

@@ -4,6 +4,7 @@ import copy
 import inspect
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import accelerate
 import numpy as np
@@ -31,6 +32,10 @@ from .test_denoise import DOG, RED, SETTINGS
 from .tiny_xl import BETAS, POOLED, make_components, make_xl
 
 
+STEPS = 3
+slow = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def parts(tokenizer):
     return make_components(tokenizer)
@@ -49,7 +54,7 @@ def own(parts):
 
 @pytest.fixture(scope="module")
 def inversion(parts, image):
-    return make_xl(parts, MDEEditXLPipeline).invert(image, SOURCE, num_inference_steps=5, guidance_scale=3.0)
+    return make_xl(parts, MDEEditXLPipeline).invert(image, SOURCE, num_inference_steps=STEPS, guidance_scale=3.0)
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def read(pipe, prompt):
 # The engine
 
 
-@pytest.mark.parametrize("ccl_form", ["token_ratio", "both"])
+@pytest.mark.parametrize("ccl_form", [pytest.param("token_ratio", marks=slow), "both"])
 def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, edit, ccl_form):
     h, w = inversion.latents.shape[-2:]
     layers = attention_layers(pipe.unet, (h, w))
@@ -147,9 +152,9 @@ def test_without_injection_it_is_diffusers_own_sample(parts, pipe, image):
     assert torch.allclose(edited, sample, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["null_text", "negative_prompt"])
+@pytest.mark.parametrize("method", ["null_text", pytest.param("negative_prompt", marks=slow)])
 def test_same_prompt_without_losses_is_the_reconstruction(pipe, image, method):
-    inverted = pipe.invert(image, SOURCE, 5, method=method, guidance_scale=3.0, num_inner_steps=2)
+    inverted = pipe.invert(image, SOURCE, STEPS, method=method, guidance_scale=3.0, num_inner_steps=2)
     out = pipe(SOURCE, inverted, output_type="latent")
     assert torch.allclose(out.images, inverted.latents[-1:], atol=2e-4)
 
@@ -188,7 +193,7 @@ def test_the_losses_read_and_the_passes_leave_at_the_level_of_the_rule(parts, ed
     assert {layer.size for layer in select_loss_layers(attention_layers(unet, (16, 24)))} == {(8, 12)}
     with count_unet_calls(unet) as calls:
         edit(attention_resolution=4)
-    assert calls["batch 1"] == 4 + 1 and calls["complete"] == 4 + 5
+    assert calls["batch 1"] == 2 + 1 and calls["complete"] == 2 + STEPS
     ran = []
     hook = unet.up_blocks[1].register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
     edit(attention_resolution=4)
@@ -245,7 +250,7 @@ def test_the_unet_is_told_both_readings_and_the_pictures_sizes(pipe, image):
 def test_no_prompt_is_zeros_where_the_model_was_trained_so(parts, pipe, edit, image, inversion):
     assert not inversion.null_embeds.any() and inversion.negative_prompt is None
     other = make_xl(parts, MDEEditXLPipeline, force_zeros_for_empty_prompt=False)
-    inverted = other.invert(image, SOURCE, 5, guidance_scale=3.0)
+    inverted = other.invert(image, SOURCE, STEPS, guidance_scale=3.0)
     assert torch.equal(inverted.null_embeds, read(pipe, "")[0]) and inverted.negative_prompt == ""
     assert torch.equal(inverted.pooled_null_embeds, read(pipe, "")[1])
     # as in diffusers, an empty text that is given is read
@@ -271,13 +276,19 @@ def test_embeddings_of_the_users_own(pipe, edit, image, inversion, tmp_path):
     assert torch.equal(edit(**negative).images, edit(negative_prompt="a tiger").images)
     assert not torch.equal(edit(**negative).images, plain)
     embeds, pooled = (1.1 * part for part in read(pipe, SOURCE))
-    inverted = pipe.invert(image, SOURCE, 5, "direct", 3.0, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    inverted = pipe.invert(image, SOURCE, STEPS, "direct", 3.0, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
     inverted.save(tmp_path / "cat.safetensors")
     loaded = pipe.load_inversion(tmp_path / "cat.safetensors")
     assert torch.equal(loaded.pooled_prompt_embeds, pooled)
     edited = edit(inversion=loaded).images
     given = {"source_prompt_embeds": embeds, "source_pooled_prompt_embeds": pooled}
-    once = {"inversion": None, "image": image, "source_prompt": SOURCE, "num_inference_steps": 5, "guidance_scale": 3.0}
+    once = {
+        "inversion": None,
+        "image": image,
+        "source_prompt": SOURCE,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 3.0,
+    }
     assert torch.equal(edit(**once, **given).images, edited) and not torch.equal(edited, plain)
 
 
@@ -323,7 +334,7 @@ def test_the_calls_are_those_of_stable_diffusion(name):
 
 
 def test_clip_skip(pipe, image, edit):
-    inverted = pipe.invert(image, SOURCE, 5, guidance_scale=3.0, clip_skip=1)
+    inverted = pipe.invert(image, SOURCE, STEPS, guidance_scale=3.0, clip_skip=1)
     embeds, _, pooled, _ = pipe.encode_prompt(TARGET, do_classifier_free_guidance=False, clip_skip=1)
     skipped = edit(inversion=inverted).images
     assert torch.equal(skipped, edit(inversion=inverted, prompt_embeds=embeds, pooled_prompt_embeds=pooled).images)
@@ -458,7 +469,13 @@ def test_a_vae_that_leaves_half_precision(own, image, force_upcast, dtype):
     assert {p.dtype for p in own.vae.parameters()} == {torch.float16}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_watermark_is_diffusers_own(own, edit):
+    plain = edit(pipe=own, output_type="np").images
+    own.watermark = SimpleNamespace(apply_watermark=lambda pixels: -pixels)
+    assert np.allclose(edit(pipe=own, output_type="np").images, 1 - plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=slow), torch.float16])
 def test_half_precision(own, image, masks, edit, dtype):
     own.to(dtype)
     inverted = own.invert(image, SOURCE, 3, guidance_scale=3.0)
@@ -477,16 +494,15 @@ def test_lora_on_the_unet_and_both_text_encoders(own, image, edit, inversion):
         getattr(own, name).add_adapter(config, "one")
     with pytest.raises(ValueError, match="another model, or another LoRA"):
         edit(pipe=own)
-    short = {"num_inference_steps": 5, "guidance_scale": 3.0}
+    short = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
     images = [
         edit(pipe=own, inversion=own.invert(image, SOURCE, **short, cross_attention_kwargs={"scale": scale})).images
-        for scale in (1.0, 0.5, 0.0)
+        for scale in (1.0, 0.0)
     ]
-    assert torch.allclose(images[2], plain, atol=1e-4)
-    assert all((one - other).abs().max() > 1e-3 for one, other in zip(images, images[1:]))
+    assert torch.allclose(images[1], plain, atol=1e-4) and (images[0] - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("vectors", [1, 2])
+@pytest.mark.parametrize("vectors", [pytest.param(1, marks=slow), 2])
 def test_textual_inversion_tokens_are_words(own, image, masks, vectors):
     def load(width, **where):
         own.load_textual_inversion({"<toy>": torch.ones(vectors, width)}, **where)
@@ -501,6 +517,7 @@ def test_textual_inversion_tokens_are_words(own, image, masks, vectors):
     assert torch.isfinite(out.images).all()
 
 
+@slow
 def test_model_offload(own, edit):
     plain = edit(pipe=own, output_type="np").images
     own.enable_model_cpu_offload(device="cpu")
@@ -522,14 +539,18 @@ def test_callbacks_have_what_sdxl_gives_them(pipe, edit):
     names, shapes = ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"], []
 
     def watch(pipe, i, t, tensors):
-        assert list(tensors) == names and pipe.num_timesteps == 5 and pipe.denoising_end is None
+        assert list(tensors) == names and pipe.num_timesteps == STEPS and pipe.denoising_end is None
         shapes.append([tuple(tensor.shape) for tensor in tensors.values()])
         return {"add_text_embeds": tensors["add_text_embeds"] * 1.5} if i == 1 else None
 
     changed = edit([TARGET] * 2, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=names).images
-    assert shapes == [[(2, 4, 16, 24), (4, 77, 40), (4, POOLED), (4, 6)]] * 5
+    assert shapes == [[(2, 4, 16, 24), (4, 77, 40), (4, POOLED), (4, 6)]] * STEPS
     plain = edit().images
     assert not torch.allclose(changed[:1], plain, atol=1e-4)
     with count_unet_calls(pipe.unet) as calls:
-        cut = edit(callback_on_step_end=SDXLCFGCutoffCallback(cutoff_step_ratio=0.4)).images
-    assert calls["batch 2"] == 3 and not torch.equal(cut, plain)
+        cut = edit(callback_on_step_end=SDXLCFGCutoffCallback(cutoff_step_ratio=0.5)).images
+    assert calls["batch 2"] == 2 and not torch.equal(cut, plain)
+    with pytest.raises(
+        ValueError, match="returned prompt_embeds, add_text_embeds, add_time_ids with fewer rows than the 2"
+    ):
+        edit([TARGET] * 2, callback_on_step_end=SDXLCFGCutoffCallback(cutoff_step_ratio=0.5))
