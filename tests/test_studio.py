@@ -4,22 +4,25 @@ import inspect
 import pickle
 import runpy
 import shlex
+import unicodedata
 
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from mde_edit import MDEEditPipeline
 from mde_edit.tools.options import OPTIONS, read_arguments
 from mde_edit.tools.studio import (
     ATTRIBUTE,
     OBJECT,
+    SETTING_NAMES,
     SHOWN,
     Progress,
     Studio,
     as_command,
     as_python,
     check_settings,
-    edit_arguments,
     mask_file,
     report,
     write_regions,
@@ -104,11 +107,15 @@ def test_what_is_transparent_is_white(studio):
 
 def test_an_edit_tells_how_far_it_is_and_equals_the_pipelines(studio, picture, regions):
     inversion, _ = studio.invert(picture, SOURCE, QUICK)
-    *told, output = studio.edit(inversion, TARGET, regions, QUICK, previews=3)
+    request = studio.request(picture, SOURCE, TARGET, regions, QUICK)
+    *told, edited = studio.edit(request, inversion, studio.check(request), previews=3)
     assert [(p.step, p.steps) for p in told] == [(1, 4), (2, 4), (3, 4)]
     assert all(isinstance(p, Progress) and p.preview.size == picture.size for p in told)
-    again = studio.pipe(**edit_arguments(inversion, TARGET, regions, QUICK))
-    assert np.array_equal(output.images[0], again.images[0])
+    masks = {"object_masks": {"dog": regions[OBJECT, "dog"]}, "attribute_masks": {"red": regions[ATTRIBUTE, "red"]}}
+    settings = {name: QUICK[name] for name in SETTING_NAMES}
+    again = studio.pipe(TARGET, inversion=inversion, guidance_scale=QUICK["guidance_scale"], **masks, **settings)
+    assert np.array_equal(edited.output.images[0], again.images[0])
+    assert report(request, edited, inversion)["guidance_iterations"] == len(again.losses[0]) > 0
 
 
 class Elsewhere:
@@ -139,12 +146,13 @@ def test_models_are_used_in_what_can_run_in_another_process_alone(pipe, picture,
     elsewhere = Elsewhere()
 
     def outcome(studio):
-        studio.check_edit(picture, TARGET, SOURCE, regions, QUICK)
+        request = studio.request(picture, SOURCE, TARGET, {**regions, (OBJECT, "hat"): "word:hat"}, QUICK)
+        masks = studio.check(request)
         inversion, reconstruction = studio.invert(picture, SOURCE, QUICK)
         found = studio.find(inversion, "cat")
-        *told, output = studio.edit(inversion, TARGET, regions, QUICK)
-        report(SOURCE, TARGET, regions, QUICK, picture, inversion, output)
-        return found, reconstruction, *(p.preview for p in told), output.images[0]
+        *told, edited = studio.edit(request, inversion, masks)
+        report(request, edited, inversion)
+        return found, reconstruction, *(p.preview for p in told), edited.output.images[0]
 
     def check(*_):
         assert elsewhere.running
@@ -164,26 +172,44 @@ def test_an_edit_that_nobody_waits_for_ends(studio, picture, regions):
     inversion, _ = studio.invert(picture, SOURCE, QUICK)
     steps = []
     unet, record = studio.pipe.unet, lambda module, args, kwargs: steps.append(1)
+    request = studio.request(picture, SOURCE, TARGET, regions, QUICK)
+    masks = studio.check(request)
     hook = unet.register_forward_pre_hook(record, with_kwargs=True)
-    running = studio.edit(inversion, TARGET, regions, QUICK, previews=3)
+    running = studio.edit(request, inversion, masks, previews=3)
     next(running)
     running.close()
     stopped = len(steps)
-    list(studio.edit(inversion, TARGET, regions, QUICK, previews=3))
+    list(studio.edit(request, inversion, masks, previews=3))
     hook.remove()
     assert stopped < 0.8 * (len(steps) - stopped)
 
 
 def test_what_the_pipeline_refuses_is_raised_where_it_is_waited_for(studio, picture, regions):
     inversion, _ = studio.invert(picture, SOURCE, QUICK)
+    request = studio.request(picture, SOURCE, TARGET, regions, QUICK)
     with pytest.raises(ValueError, match="'zebra' is not in the prompt"):
-        list(studio.edit(inversion, TARGET, {(OBJECT, "zebra"): regions[OBJECT, "dog"]}, QUICK))
+        list(studio.edit(request, inversion, [[{"zebra": regions[OBJECT, "dog"]}], [{}]]))
     for wrong, message in (
         ({(OBJECT, "zebra"): regions[OBJECT, "dog"]}, "'zebra' is not in the prompt"),
         ({(OBJECT, "dog"): regions[OBJECT, "dog"] & False}, "is empty"),
+        ({(OBJECT, "dog"): "word:zebra"}, "'zebra' is not in the prompt"),
     ):
         with pytest.raises(ValueError, match=message):
-            studio.check_edit(picture, TARGET, SOURCE, wrong, QUICK)
+            studio.check(studio.request(picture, SOURCE, TARGET, wrong, QUICK))
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=2, unique=True))
+@example(["a b", "a_b"])
+@example(["a:1", "a_1"])
+@example(["Dog", "dog"])
+@example(["\u00e9", "e\u0301"])  # of one look
+@example(["a-62-", "ab"])
+@example(["x" * 300, "x" * 301])
+def test_no_two_words_share_a_file(words):
+    names = [mask_file(OBJECT, word) for word in words]
+    assert len({unicodedata.normalize("NFKD", name).casefold() for name in names}) == 2
+    for name in names:
+        assert not set(name) & set('/\\:*?"<>|\0 ') and len(name.encode()) < 255
 
 
 @pytest.mark.parametrize(
@@ -194,21 +220,21 @@ def test_the_script_and_the_command_say_the_same_edit(
 ):
     settings = check_settings({**QUICK, **changed})
     inversion, _ = studio.invert(picture, SOURCE, settings)
-    *_, output = studio.edit(inversion, TARGET, regions, settings)
+    request = studio.request(picture, SOURCE, TARGET, regions, settings)
+    *_, edited = studio.edit(request, inversion, studio.check(request))
     write_regions(tmp_path, regions)
     picture.save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "edit.py").write_text(as_python("model", SOURCE, TARGET, regions, settings))
+    (tmp_path / "edit.py").write_text(as_python(request.args))
     monkeypatch.setattr(MDEEditPipeline, "from_pretrained", lambda model: make_pipe(components))
     runpy.run_path("edit.py")
-    assert np.array_equal(PIL.Image.open("edited.png"), output.images[0])
+    assert np.array_equal(PIL.Image.open("edited.png"), edited.output.images[0])
 
-    command = shlex.split(as_command("model", SOURCE, TARGET, regions, settings).replace("\\\n", ""))
+    command = shlex.split(as_command(request.args).replace("\\\n", ""))
     args = vars(read_arguments(command[1:]))
     assert {name: args[name] for name in SHOWN} == settings
-    assert args["object"] == {"dog": [mask_file(OBJECT, "dog")]}
-    assert args["attribute"] == {"red": [mask_file(ATTRIBUTE, "red")]}
-    assert (args["model"], args["source_prompt"], args["prompt"]) == ("model", SOURCE, TARGET)
+    asked = vars(request.args)  # what the page edits is what its command asks for
+    assert {name: args[name] for name in asked} == {**asked, "out": "edit"}
 
 
 def test_settings_are_checked_by_the_command_lines_rules():

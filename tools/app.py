@@ -4,6 +4,7 @@
 What it does is in `studio.py`. What belongs to a user is in that user's [`Session`]; the model serves one at a time.
 """
 
+import argparse
 import json
 import shutil
 import tempfile
@@ -24,12 +25,15 @@ from ..denoise import PRESETS
 from ..inversion import Inversion
 from ..masks import as_binary_mask
 from ..mde_pipeline import MDEEditPipeline
+from .edit import Edited, Request, as_rgb
+from .edit import Regions as CommandRegions
 from .measure import as_array, psnr
 from .options import OPTIONS, parse_region
 from .sheet import attention_panels, plot_losses
 from .studio import (
     ATTRIBUTE,
     OBJECT,
+    PICTURE,
     SHOWN,
     Progress,
     Regions,
@@ -314,6 +318,7 @@ class Page:
     def lay_out_setting(self, name: str):
         option, value = OPTIONS["edit"][name], self.presets["usual"][name]
         shared = {"label": name, "info": explain(name), "value": value, "min_width": 240}
+        shared["elem_id"] = f"setting-{name}"
         if option.choices:
             return gr.Dropdown(list(option.choices), **shared)
         if option.kind is str:
@@ -585,11 +590,12 @@ class Page:
             words = [(OBJECT, word) for word in objects] + [(ATTRIBUTE, word) for word in attributes]
             nothing = np.zeros(drawing_size(session.picture)[::-1], bool)
             regions = {word: session.drawn.get(word, nothing) for word in words}
-            self.studio.check_edit(session.picture, prompt, source_prompt, regions, settings)
+            request = self.studio.request(session.picture, source_prompt, prompt, regions, settings)
+            masks = self.studio.check(request)
             yield {self.edit_status: "Inverting the picture ..."}
             yield self.inverted(session, image, source_prompt, settings)
             start = time.perf_counter()
-            for message in self.studio.edit(session.inversion, prompt, regions, settings):
+            for message in self.studio.edit(request, session.inversion, masks):
                 if isinstance(message, Progress):
                     yield {
                         self.edit_status: f"Step {message.step} of {message.steps} ...",
@@ -597,17 +603,17 @@ class Page:
                     }
                 else:
                     seconds = time.perf_counter() - start
-                    updates = self.show_result(session, source_prompt, prompt, regions, settings, message, seconds)
+                    updates = self.show_result(session, request, regions, message, seconds)
         updates.setdefault(self.session, session)
         yield updates
 
-    def show_result(self, session: Session, source_prompt, prompt, regions: Regions, settings, output, seconds) -> dict:
+    def show_result(self, session: Session, request: Request, regions: Regions, outcome: Edited, seconds) -> dict:
+        output = outcome.output
         edited = output.images[0]
         losses = Figure(figsize=(5, 2.2), layout="constrained") if output.losses[0] else None
         if losses is not None:
             plot_losses(losses.subplots(), output.losses[0])
-        texts = (self.studio.model, source_prompt, prompt, regions, settings)
-        python, command = as_python(*texts), as_command(*texts)
+        python, command = as_python(request.args), as_command(request.args)
         return {
             self.edit_status: f"Edited in {seconds:.1f} s.",
             self.result: side_by_side(session.picture, edited),
@@ -615,20 +621,20 @@ class Page:
             self.losses: gr.Plot(losses, visible=losses is not None),
             self.python: python,
             self.command: command,
-            self.files: self.write(session, regions, settings, output, (python, command), (source_prompt, prompt)),
+            self.files: self.write(session, request, regions, outcome, python),
         }
 
-    def write(self, session: Session, regions: Regions, settings, output, texts, prompts) -> list[str]:
+    def write(self, session: Session, request: Request, regions: Regions, outcome: Edited, python: str) -> list[str]:
         """Everything that repeats this edit, as files of the user's own folder."""
         session.close()
         session.folder = Path(tempfile.mkdtemp(prefix="mde-edit-"))
-        folder = session.folder
-        session.picture.save(folder / "picture.png")
+        folder, output = session.folder, outcome.output
+        session.picture.save(folder / PICTURE)
         output.images[0].save(folder / "edited.png")
         output.source_images[0].save(folder / "reconstruction.png")
         session.inversion.save(folder / "inversion.safetensors")
-        (folder / "edit.py").write_text(texts[0], encoding="utf-8")
-        run = report(*prompts, regions, settings, session.picture, session.inversion, output)
+        (folder / "edit.py").write_text(python, encoding="utf-8")
+        run = report(request, outcome, session.inversion)
         (folder / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         write_regions(folder, regions)
         return sorted(str(path) for path in folder.iterdir())
@@ -684,30 +690,31 @@ class Page:
             ]
             if not all(len(entry) == 3 for entry in asked):
                 raise ValueError('Write `objects` and `attributes` as "dog=word:cat; hat=word:straw hat".')
+            upright = as_rgb(image)
             regions = {}
             for role, word, place in asked:
-                regions[role, word] = self.place(f"{role}` `{word}", place, source_prompt, image, picture)
-            self.studio.check_edit(picture, prompt, source_prompt, regions, settings)
+                regions[role, word] = self.place(f"{role}` `{word}", place, upright, picture.size)
+            request = self.studio.request(picture, source_prompt, prompt, regions, settings)
+            masks = self.studio.check(request)
             inversion, _ = self.studio.invert(picture, source_prompt, settings)
-            for role, word, place in asked:
-                if place.startswith("word:"):
-                    regions[role, word] = self.studio.find(inversion, place.removeprefix("word:"))
-            *_, output = self.studio.edit(inversion, prompt, regions, settings)
+            *_, outcome = self.studio.edit(request, inversion, masks)
         except REFUSALS as error:
             raise gr.Error(str(error)) from error
-        return output.images[0]
+        return outcome.output.images[0]
 
-    def place(self, name: str, place: str, source_prompt: str, image, picture) -> np.ndarray:
-        """A region told in words, (height, width) bool; everything for a word, which waits for the inversion."""
-        kind, value = parse_region(name, place)
+    def place(self, name: str, place: str, image: PIL.Image.Image, size: tuple[int, int]) -> np.ndarray | str:
+        """A region that an agent tells: a source word as it is, what the segmenter draws as a mask of (width, height)
+        `size`. No file: it would be one of this machine."""
+        kind, _ = parse_region(name, place)
         if kind == "word":
-            self.studio.check_word(source_prompt, place.removeprefix("word:"))
-            return np.ones(picture.size[::-1], bool)
-        if kind not in ("points", "box") or self.studio.segmenter is None:
+            return place
+        if kind == "file" or self.studio.segmenter is None:
             raise ValueError(f"`{name}` {place!r}: say word:cat (points and boxes need a --segmenter).")
-        scale = np.divide(picture.size, image.size)
-        told = np.reshape(value, (-1, 2)) * scale  # (points, 2), a box's corners too
-        return self.studio.segmenter(picture, **{kind: told.ravel().tolist() if kind == "box" else told.tolist()})
+        drawn = CommandRegions(argparse.Namespace(segmenter=True, detector=None, device=None), self.load_segmenter)
+        return resized(np.asarray(drawn.draw(name, place, image)), size)
+
+    def load_segmenter(self, *_):
+        return self.studio.segmenter
 
 
 def resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

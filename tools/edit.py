@@ -60,11 +60,12 @@ class Regions:
         args: its settings.
         load_segmenter: `segment.load_segmenter`, called when there is something to segment. None: everything is in
             the place of what a segmenter would draw, as good as any mask to check the rest of an edit with.
+        files: what is in the files that need not be read, by their names; boolean arrays (height, width) will do.
     """
 
-    def __init__(self, args: argparse.Namespace, load_segmenter: Callable | None):
+    def __init__(self, args: argparse.Namespace, load_segmenter: Callable | None, files: dict[str, Any] | None = None):
         self.args, self.load_segmenter, self.segmenter = args, load_segmenter, None
-        self.files: dict[str, PIL.Image.Image] = {}
+        self.files: dict[str, Any] = dict(files or {})
         for setting in ("object", "attribute"):
             for masks in self.told(setting):
                 for word, texts in masks.items():
@@ -79,7 +80,8 @@ class Regions:
     def check(self, setting: str, text: str) -> None:
         kind, value = parse_region(setting, text)
         if kind == "file":
-            self.files[value] = read_picture(setting, value)
+            if value not in self.files:
+                self.files[value] = read_picture(setting, value)
         elif kind != "word" and not self.args.segmenter:
             raise ValueError(f"`{setting}` {text!r} needs --segmenter, as in --segmenter facebook/sam-vit-base.")
 
@@ -180,8 +182,7 @@ def read_request(args: argparse.Namespace, load_segmenter: Callable | None) -> R
     Raises:
         ValueError: a file that cannot be read, or a setting out of range; names the setting.
     """
-    regions = Regions(args, load_segmenter)
-    settings = Settings(**{setting.name: getattr(args, setting.name) for setting in fields(Settings)})
+    regions, settings = Regions(args, load_segmenter), edit_settings(args)
     image, inversion = None, None
     if args.inversion:
         with reading("inversion", args.inversion):
@@ -189,6 +190,10 @@ def read_request(args: argparse.Namespace, load_segmenter: Callable | None) -> R
     else:
         image = read_picture("image", args.image)
     return Request(args, regions, settings, image, inversion)
+
+
+def edit_settings(args: argparse.Namespace) -> Settings:
+    return Settings(**{setting.name: getattr(args, setting.name) for setting in fields(Settings)})
 
 
 def inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -247,11 +252,18 @@ class Edited:
     source: PIL.Image.Image
 
 
-def edit(request: Request, pipe: MDEEditPipeline, inversion: Inversion, masks: list[list[dict]]) -> Edited:
+def edit(
+    request: Request,
+    pipe: MDEEditPipeline,
+    inversion: Inversion,
+    masks: list[list[dict]],
+    callback: Callable | None = None,
+) -> Edited:
     """Edit an inversion by every target prompt of a request.
 
     Args:
         masks: what [`prepare`] returned.
+        callback: the pipeline's `callback_on_step_end`.
     """
     args, seed = request.args, request.args.seed
     words = source_words(masks)
@@ -269,6 +281,7 @@ def edit(request: Request, pipe: MDEEditPipeline, inversion: Inversion, masks: l
             guidance_scale=args.guidance_scale,
             negative_prompt=args.negative_prompt,
             generator=generators,
+            callback_on_step_end=callback,
             output_attention_maps=True,
             **vars(request.settings),
         )

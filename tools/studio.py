@@ -4,9 +4,12 @@
 A [`Studio`] holds the model and serves everybody; nothing of a user is kept in it.
 """
 
+import argparse
+import hashlib
 import queue
 import shlex
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from difflib import SequenceMatcher
@@ -15,23 +18,35 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import torch
 
 from ..attention_processors import lock_of
 from ..denoise import Settings
 from ..inversion import Inversion
-from ..mde_pipeline import MDEEditPipeline, MDEEditPipelineOutput
+from ..mde_pipeline import MDEEditPipeline
 from ..prompts import prompt_phrases
-from .edit import as_rgb, closeness, versions
-from .options import OPTIONS, mask_key
+from .edit import (
+    Edited,
+    Request,
+    as_rgb,
+    edit,
+    edit_settings,
+    figures,
+    invert,
+    prepare,
+    used_settings,
+    versions,
+)
+from .edit import Regions as CommandRegions
+from .options import OPTIONS, complete, mask_key
 
 
 OBJECT, ATTRIBUTE = "object", "attribute"
 SETTING_NAMES = tuple(setting.name for setting in fields(Settings))
 # What can be set on the page: of the inversion, then of the edit.
 SHOWN = ("method", "steps", "guidance_scale", "negative_prompt", "seed", *SETTING_NAMES)
-# A word's region as the page draws it: (role, word) -> (height, width) bool.
-Regions = dict[tuple[str, str], np.ndarray]
+PICTURE = "picture.png"  # what the page calls its picture among the files that it offers
+# A word's region as the page draws it, (height, width) bool, or as a command tells it ("word:cat"), by role and word.
+Regions = dict[tuple[str, str], np.ndarray | str]
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class Studio:
         self.pipe, self.model, self.segmenter = pipe, model, segmenter
         self.invert = on_accelerator(self._invert)
         self.find = on_accelerator(self._find)
-        self.check_edit = on_accelerator(self._check_edit)
+        self.check = on_accelerator(self._check)
         self.edit = on_accelerator(self._edit)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -157,6 +172,29 @@ class Studio:
         return [(span[0], span[-1] + 1) for span in spans]
 
     # -----------------------------------------------------------------------------------------------------------------
+    # An edit's request, as the command line makes it
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _arguments(self, command: str, given: dict[str, Any]) -> argparse.Namespace:
+        dtype = str(self.pipe.unet.dtype).removeprefix("torch.")
+        own = {"model": self.model, "dtype": dtype, "image": PICTURE}
+        return argparse.Namespace(**complete(command, {**own, **given}, ", ".join, []))
+
+    def request(
+        self, picture: PIL.Image.Image, source_prompt: str, prompt: str, regions: Regions, settings: dict[str, Any]
+    ) -> Request:
+        """What an edit of the page asks for: the command of [`as_command`], but for files that are not read."""
+        given = {"source_prompt": source_prompt, "prompt": prompt, **settings}
+        files = {}
+        for (role, word), region in regions.items():
+            text = region if isinstance(region, str) else mask_file(role, word)
+            given.setdefault(role, {})[word] = [text]
+            if text is not region:
+                files[text] = region
+        args = self._arguments("edit", given)
+        return Request(args, CommandRegions(args, None, files), edit_settings(args), picture, None)
+
+    # -----------------------------------------------------------------------------------------------------------------
     # What computes
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -164,24 +202,19 @@ class Studio:
         self, picture: PIL.Image.Image, prompt: str, settings: dict[str, Any]
     ) -> tuple[Inversion, PIL.Image.Image]:
         """An inversion and its reconstruction. settings: `method`, `steps`, `guidance_scale`, `negative_prompt`."""
-        inversion = self.pipe.invert(
-            picture,
-            prompt,
-            num_inference_steps=settings["steps"],
-            method=settings["method"],
-            guidance_scale=settings["guidance_scale"],
-            negative_prompt=settings["negative_prompt"],
-        )
+        given = {name: settings[name] for name in OPTIONS["invert"] if name in settings}
+        args = self._arguments("invert", {**given, "source_prompt": prompt})
+        inversion = invert(args, self.pipe, picture)
         return inversion.to("cpu"), self.pipe.decode_source(inversion, "pil")[0]
 
     def _find(self, inversion: Inversion, word: str) -> np.ndarray:
         return self.pipe.generate_mask(inversion, mask_key(word))
 
     def _edit(
-        self, inversion: Inversion, prompt: str, regions: Regions, settings: dict[str, Any], previews: int = 4
-    ) -> Iterator[Progress | MDEEditPipelineOutput]:
-        """An edit by `pipe(...)` that tells how far it is, `previews` times on its way; its output comes last. An edit
-        that is no longer iterated over ends at its next step."""
+        self, request: Request, inversion: Inversion, masks: list[list[dict]], previews: int = 4
+    ) -> Iterator[Progress | Edited]:
+        """An edit that tells how far it is, `previews` times on its way; its outcome comes last. An edit that is no
+        longer iterated over ends at its next step. masks: what `check` gave."""
         told: queue.SimpleQueue = queue.SimpleQueue()
         steps, stop = inversion.num_inference_steps, threading.Event()
         every = max(steps // (previews + 1), 1)
@@ -195,7 +228,7 @@ class Studio:
 
         def work():
             try:
-                told.put(self.pipe(**edit_arguments(inversion, prompt, regions, settings, callback)))
+                told.put(edit(request, self.pipe, inversion, masks, callback))
             except Stopped:
                 pass
             except Exception as error:
@@ -215,40 +248,9 @@ class Studio:
             stop.set()
             thread.join()
 
-    def _check_edit(
-        self, picture: PIL.Image.Image, prompt: str, source_prompt: str, regions: Regions, settings
-    ) -> None:
-        """Raise `ValueError` for what an edit would refuse, before its picture is inverted."""
-        steps = {"num_inference_steps": settings["steps"], "guidance_scale": settings["guidance_scale"]}
-        pixels, size = self.pipe.check_picture(
-            picture, source_prompt, method=settings["method"], prompt_name="source_prompt", **steps
-        )
-        latent_size = tuple(side // self.pipe.vae_scale_factor for side in pixels.shape[-2:])
-        own = Settings(**{name: settings[name] for name in SETTING_NAMES})
-        masks = [[masks_of(regions, role)] for role in (OBJECT, ATTRIBUTE)]
-        self.pipe.check_edits([prompt], source_prompt, masks, size, latent_size, own, [None])
-
-
-def edit_arguments(inversion, prompt, regions: Regions, settings: dict[str, Any], callback=None) -> dict[str, Any]:
-    """The arguments of `pipe(...)` for an edit of the page."""
-    direct = inversion.method == "direct"  # the others' null embeddings hold for what they were made with
-    return {
-        "prompt": prompt,
-        "inversion": inversion,
-        "object_masks": masks_of(regions, OBJECT),
-        "attribute_masks": masks_of(regions, ATTRIBUTE),
-        "guidance_scale": None if inversion.method == "null_text" else settings["guidance_scale"],
-        "negative_prompt": settings["negative_prompt"] if direct else None,
-        "generator": None if settings["seed"] is None else torch.Generator().manual_seed(settings["seed"]),
-        "callback_on_step_end": callback,
-        "output_attention_maps": True,
-        **{name: settings[name] for name in SETTING_NAMES},
-    }
-
-
-def masks_of(regions: Regions, role: str) -> dict:
-    """{the pipeline's key of a word: its mask} of one role."""
-    return {mask_key(word): mask for (kind, word), mask in regions.items() if kind == role}
+    def _check(self, request: Request) -> list[list[dict]]:
+        """The masks of a request; raises `ValueError` for what an edit would refuse, before its picture is inverted."""
+        return prepare(request, self.pipe)
 
 
 def check_settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -278,75 +280,75 @@ def _label(words: Sequence[str], first: int, last: int) -> str:
 
 
 def mask_file(role: str, word: str) -> str:
-    """The name under which a region is written; one per word whatever is in it."""
-    name = "".join(letter if letter.isalnum() else "_" for letter in word)
+    """The name under which a region is written, another for each word, also where case and Unicode's forms are one."""
+
+    def spelled(letter: str) -> str:
+        plain = letter.isalnum() and unicodedata.normalize("NFKD", letter.casefold()) == letter
+        return letter if plain else "_" if letter == " " else f"-{ord(letter):x}-"
+
+    name = "".join(map(spelled, word))
+    if len(name.encode()) > 100:  # a file system's names end at 255
+        name = f"{name[:20]}--{hashlib.sha256(word.encode(errors='surrogatepass')).hexdigest()[:40]}"
     return f"{role}_{name}.png"
 
 
-def as_python(model: str, source_prompt: str, prompt: str, regions: Regions, settings: dict[str, Any]) -> str:
-    """A script that makes this edit from the files that the page offers."""
-    inversion = {"num_inference_steps": settings["steps"], "method": settings["method"]}
-    inversion |= {"guidance_scale": settings["guidance_scale"]}
-    if settings["negative_prompt"] is not None:
-        inversion["negative_prompt"] = settings["negative_prompt"]
-    edit = _changed(settings, SETTING_NAMES)
+def as_python(args: argparse.Namespace) -> str:
+    """A script that makes this edit from the files that the page offers. args: of a request of the page."""
+    inversion = {"num_inference_steps": args.steps, "method": args.method, "guidance_scale": args.guidance_scale}
+    if args.negative_prompt is not None:
+        inversion["negative_prompt"] = args.negative_prompt
     lines = [
-        *(["import torch"] if settings["seed"] is not None else []),
+        *(["import torch"] if args.seed is not None else []),
         "from diffusers.utils import load_image",
         "from mde_edit import MDEEditPipeline",
         "",
-        f"pipe = MDEEditPipeline.from_pretrained({model!r})",
-        f'inversion = pipe.invert(load_image("picture.png"), {source_prompt!r}, {_keywords(inversion)})',
+        f"pipe = MDEEditPipeline.from_pretrained({args.model!r})",
+        f"inversion = pipe.invert(load_image({args.image!r}), {args.source_prompt!r}, {_keywords(inversion)})",
         "out = pipe(",
-        f"    {prompt!r},",
+        f"    {args.prompt!r},",
         "    inversion=inversion,",
     ]
     for role in (OBJECT, ATTRIBUTE):
-        words = [word for kind, word in regions if kind == role]
-        if words:
-            masks = [f"{mask_key(word)!r}: load_image({mask_file(role, word)!r})" for word in words]
+        told = getattr(args, role) or {}
+        masks = [f"{mask_key(word)!r}: load_image({file!r})" for word, (file,) in told.items()]
+        if masks:
             lines.append(f"    {role}_masks={{{', '.join(masks)}}},")
-    if settings["seed"] is not None:
-        lines.append(f"    generator=torch.Generator().manual_seed({settings['seed']}),")
-    lines += [f"    {name}={value!r}," for name, value in edit.items()]
+    if args.seed is not None:
+        lines.append(f"    generator=torch.Generator().manual_seed({args.seed}),")
+    lines += [f"    {name}={value!r}," for name, value in _changed(args, SETTING_NAMES).items()]
     return "\n".join([*lines, ")", 'out.images[0].save("edited.png")', ""])
 
 
-def as_command(model: str, source_prompt: str, prompt: str, regions: Regions, settings: dict[str, Any]) -> str:
+def as_command(args: argparse.Namespace) -> str:
     """The same as a command line."""
     words = ["mde-edit", "edit"]
-    flags = {"model": model, "image": "picture.png", "source_prompt": source_prompt, "prompt": prompt}
-    for name, value in flags.items():
-        words += [f"--{name.replace('_', '-')}", value]
-    for role, word in regions:
-        words += [f"--{role}", f"{word}={mask_file(role, word)}"]
-    for name, value in _changed(settings, SHOWN).items():
+    for name in ("model", "image", "source_prompt", "prompt"):
+        words += [f"--{name.replace('_', '-')}", getattr(args, name)]
+    for role in (OBJECT, ATTRIBUTE):
+        for word, (file,) in (getattr(args, role) or {}).items():
+            words += [f"--{role}", f"{word}={file}"]
+    for name, value in _changed(args, SHOWN).items():
         words += [f"--{name.replace('_', '-')}", str(value).lower() if value is None else str(value)]
     pairs = [shlex.join(words[i : i + 2]) for i in range(0, len(words), 2)]
     return " \\\n  ".join([*pairs, "--out edit"])
 
 
-def _changed(settings: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: settings[name] for name in names if settings[name] != OPTIONS["edit"][name].default}
+def _changed(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) != OPTIONS["edit"][name].default}
 
 
 def _keywords(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
-def report(
-    source_prompt: str, prompt: str, regions: Regions, settings: dict[str, Any], picture, inversion, output
-) -> dict[str, Any]:
-    """What a run leaves: its settings, what it ran on, its figures and losses."""
-    masks = [torch.from_numpy(mask).float() for mask in regions.values()]
-    images = (picture, output.images[0], output.source_images[0])
-    latent_size = tuple(inversion.latents.shape[-2:])
+def report(request: Request, edited: Edited, inversion: Inversion) -> dict[str, Any]:
+    """What a run leaves: its settings, what it ran on, its cost, figures and losses, as `mde-edit edit` writes them."""
     return {
-        "settings": {"source_prompt": source_prompt, "prompt": prompt, **settings},
+        "settings": used_settings(request.args, inversion),
         "versions": versions(),
-        "guidance_iterations": len(output.losses[0]),
-        **closeness(False, *images, masks, latent_size, settings["mask_dilation"]),
-        "losses": output.losses[0],
+        "edit": edited.cost,
+        **figures(request, edited, inversion, 0),
+        "losses": edited.output.losses[0],
     }
 
 
