@@ -7,7 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-POOLED = 16  # of the second text encoder
+WIDTHS, POOLED = (16, 24), 16  # of the text encoders, and what the second one pools to
 
 
 def _text_config(tokenizer, width: int) -> CLIPTextConfig:
@@ -24,18 +24,15 @@ def _text_config(tokenizer, width: int) -> CLIPTextConfig:
     )
 
 
-def make_components(tokenizer) -> dict:
-    """The parts of a `StableDiffusionXLPipeline` but its scheduler, from the first tokenizer."""
-    torch.manual_seed(0)
-    first, second = 16, 24
-    unet = UNet2DConditionModel(
+def make_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(16, 32, 32),
         layers_per_block=1,
         transformer_layers_per_block=(1, 1, 2),
-        cross_attention_dim=first + second,
+        cross_attention_dim=sum(WIDTHS),
         attention_head_dim=(2, 4, 8),
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -43,6 +40,12 @@ def make_components(tokenizer) -> dict:
         projection_class_embeddings_input_dim=POOLED + 6 * 8,
         norm_num_groups=8,
     )
+
+
+def make_components(tokenizer) -> dict:
+    """The parts of a `StableDiffusionXLPipeline` but its scheduler, from the first tokenizer."""
+    torch.manual_seed(0)
+    unet, (first, second) = make_unet(), WIDTHS
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if ".to_q." in name or ".to_k." in name:
