@@ -222,7 +222,8 @@ class MDEAttnProcessor:
             if self.name == control.exit_after:
                 raise UNetExit
             if self.name in control.cross:
-                probs = probs * control.weights.get(self.name, 1)
+                if self.name in control.weights:
+                    probs = probs * control.weights[self.name]
                 probs = control.cross[self.name] + probs * ~control.shared  # Eq. 3
         out = (probs.to(value.dtype) @ value[-1])[None]
         if len(value) > 1:

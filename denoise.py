@@ -68,7 +68,6 @@ class Settings:
     step_size: float = _setting(1.0, 0)
     max_update: float | None = _setting(0.02, 0)
     outside_attention: float = _setting(1.0, 0, 1)
-    attribute_attention: float = _setting(1.0, 0)
     attention_resolution: int | None = _setting(None, 1)
     mask_dilation: int | None = _setting(None, 0)
     background_blend: float = _setting(0.3, 0, 1)
@@ -273,27 +272,23 @@ def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Ed
 
 
 def own_weights(run: Run, edit: Edit, injected: Collection[str]) -> dict[str, torch.Tensor]:
-    """What the edited words' own maps are multiplied by in the layers where the source's are injected: outside a word's
-    mask `outside_attention`, inside it 1, an attribute's `attribute_attention`. (Eq. 3 has neither; the paper's
-    overview speaks of new maps "within masks".)
+    """What the edited words' own maps are multiplied by in the layers where the source's are injected: 1 inside a
+    word's mask, `outside_attention` outside it. (Eq. 3 keeps them everywhere; the paper's overview speaks of new maps
+    "within masks".)
 
     Returns:
         {layer name: (pixels, tokens)}, empty where all of them would be 1.
     """
-    outside, attribute = run.settings.outside_attention, run.settings.attribute_attention
-    if outside == attribute == 1:
+    outside, shared = run.settings.outside_attention, edit.alignment.shared
+    if outside == 1:
         return {}
     weights = {}
     for size in {layer.size for layer in run.layers if layer.name in injected}:
-        inside = torch.zeros(size[0] * size[1], len(edit.alignment.shared), device=edit.alignment.shared.device)
-        factor, edited = torch.ones_like(inside), torch.zeros_like(edit.alignment.shared)
-        for region in (*edit.objects, *edit.attributes):
-            tokens = list(region.token_indices)
-            inside[:, tokens] = torch.maximum(inside[:, tokens], region.shares[size][:, None])
-            edited[tokens] = True
-        for region in edit.attributes:
-            factor[:, list(region.token_indices)] = attribute
-        weights[size] = torch.where(edited, outside + inside * (factor - outside), 1.0)
+        inside = torch.ones(size[0] * size[1], len(shared), device=shared.device)
+        regions = (*edit.objects, *edit.attributes)
+        for i in {i for region in regions for i in region.token_indices}:
+            inside[:, i] = torch.stack([r.shares[size] for r in regions if i in r.token_indices]).amax(0)
+        weights[size] = outside + (1 - outside) * inside
     return {layer.name: weights[layer.size] for layer in run.layers if layer.name in injected}
 
 
@@ -343,7 +338,8 @@ def guide_latents(
             update = update.clamp(-cap, cap)
         latents = torch.where(edit.mask, latents - update, latents)
         finite = torch.isfinite(losses["loss"]) & torch.isfinite(grad).all()
-        told.append({"capped": capped, **losses, "finite": finite})
+        scalars = {"capped": capped, **losses, "finite": finite}
+        told.append({name: value.detach() for name, value in scalars.items()})
         # Only a tolerance looks at the loss now: reading a number makes a GPU wait for it.
         if settings.optimization_tolerance and iteration:
             if (told[-2]["loss"] - told[-1]["loss"]).abs() < settings.optimization_tolerance:
@@ -360,7 +356,7 @@ def guide_latents(
 
 def read_history(told: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
     """Scalars of every iteration as numbers, read from the device at once."""
-    rows = torch.stack([torch.stack([value.detach().float() for value in entry.values()]) for entry in told]).tolist()
+    rows = torch.stack([torch.stack([value.float() for value in entry.values()]) for entry in told]).tolist()
     return [{"iteration": k, **dict(zip(entry, row))} for k, (entry, row) in enumerate(zip(told, rows))]
 
 

@@ -1017,7 +1017,6 @@ class EditsPictures(ReadsPrompts):
         step_size: float = Settings.step_size,
         max_update: float | None = Settings.max_update,
         outside_attention: float = Settings.outside_attention,
-        attribute_attention: float = Settings.attribute_attention,
         attention_resolution: int | None = Settings.attention_resolution,
         mask_dilation: int | None = Settings.mask_dilation,
         background_blend: float = Settings.background_blend,
@@ -1094,8 +1093,6 @@ class EditsPictures(ReadsPrompts):
             outside_attention (`float`, defaults to 1.0):
                 How much of an edited word's own attention is kept outside its mask in the steps that inject maps: all
                 of it as in Eq. 3, or none (0), as the paper's overview has it ("new maps within masks").
-            attribute_attention (`float`, defaults to 1.0):
-                By what an attribute word's own attention inside its mask is multiplied in these steps.
             attention_resolution (`int`, *optional*):
                 Short side of the cross-attention level the losses read; by default the coarsest of at least 16.
             mask_dilation (`int`, *optional*):

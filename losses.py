@@ -16,7 +16,8 @@ def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
 
 def word_map(maps: torch.Tensor, token_indices: Sequence[int]) -> torch.Tensor:
     """Attention on a word: the sum over its sub-tokens. (heads, pixels, tokens) -> (heads, pixels)."""
-    return _at_least_fp32(maps[..., list(token_indices)]).sum(dim=-1)
+    # token by token: a list of positions would be copied to the device, which waits for it
+    return _at_least_fp32(torch.stack([maps[..., i] for i in token_indices], dim=-1)).sum(dim=-1)
 
 
 def aggregate_maps(maps: torch.Tensor, token_indices: Sequence[int]) -> torch.Tensor:

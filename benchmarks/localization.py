@@ -53,34 +53,39 @@ def noun_key(words: list[str], place: int) -> tuple[str, int]:
 
 
 class Seen(NamedTuple):
-    """A picture, what it shows, and where its things are: {the pipeline's key of a word: (height, width) bool}."""
+    """A picture, what it shows, and where its things are: the pipeline's key of a word, (height, width) bool."""
 
     image: Image.Image
     prompt: str
-    things: dict[WordKey, np.ndarray]
+    things: list[tuple[WordKey, np.ndarray]]
 
 
 def seen_scene(scene: Scene, phrasing: int, size: int) -> Seen:
     """A drawn scene, without the things that others hide."""
     drawn, caption = scene.render(size), scene.caption(phrasing)
     keys = [noun_key(caption.text.split(), place) for place in caption.nouns]
-    return Seen(drawn.image, caption.text, {key: mask for key, mask in zip(keys, drawn.visible) if mask.any()})
+    return Seen(drawn.image, caption.text, [(key, mask) for key, mask in zip(keys, drawn.visible) if mask.any()])
 
 
 def seen_case(case: Case) -> Seen:
     """A case's source, and the things that its edits change."""
-    return Seen(case.image, case.source_prompt, {region.source: region.mask for region in case.regions})
+    return Seen(case.image, case.source_prompt, [(region.source, region.mask) for region in case.regions])
 
 
 def measure(pipe, seen: Seen, steps: int) -> list[dict[str, float]]:
-    """One entry per thing, its word's mask and map against its own region."""
+    """One entry per thing, its word's mask and map against its own region. Left out is what its words do not tell apart
+    from others (of twins), or what the prompt does not name."""
     inversion = pipe.invert(seen.image, seen.prompt, steps, method="direct")
     scheduler = pipe.ddim_scheduler(steps)
     with attention_control(pipe.unet):
         cross, _ = source_attention(pipe.unet, scheduler, inversion, pipe.source_conditioning(inversion))
     entries = []
-    for key, mask in seen.things.items():
-        attention = cross[list(pipe.check_source_word(seen.prompt, key, "a thing"))].mean(0)
+    for key, mask in seen.things:
+        try:
+            tokens = pipe.check_source_word(seen.prompt, key, "a thing")
+        except ValueError:
+            continue
+        attention = cross[list(tokens)].mean(0)
         covered = resize_mask(torch.from_numpy(mask), attention.shape).to(attention.device)
         plain = F.interpolate(attention[None, None], mask.shape, mode="bilinear", align_corners=False)[0, 0].cpu()
         try:

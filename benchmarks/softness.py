@@ -46,7 +46,7 @@ def attention_in_mask(model: str, factor: float, cases: list[Case], steps: int) 
     """Share of the attention of the things' words that lies in their masks: mean over cases, and its interval."""
     pipe = load_pipe(model, torch.device("cpu"), "float32", factor)
     found = [measure(pipe, seen_case(case), steps) for case in tqdm(cases, f"soften {factor:g}")]
-    return bootstrap(np.array([np.mean([entry["in_mask"] for entry in entries]) for entries in found]))
+    return bootstrap(np.array([np.mean([entry["in_mask"] for entry in entries]) for entries in found if entries]))
 
 
 def point(results: list[dict], methods: list[str]) -> dict:

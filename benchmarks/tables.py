@@ -59,7 +59,7 @@ def with_parts(results: list[dict], cases: list[Case]) -> list[dict]:
     ideal picture after the autoencoder (what it misses there says nothing about a method), and of each size class.
     NaN where a case has no such edit, or no verdict on its ceiling."""
     sizes = {case.name: {region.name: region.mask.mean() for region in case.regions} for case in cases}
-    shown = {entry["case"]: entry["edits"] for entry in results if entry["label"] == CEILING}
+    shown = {entry["case"]: entry.get("edits", {}) for entry in results if entry["label"] == CEILING}
 
     def part(edits: dict[str, bool], kept: set[str]) -> float:
         values = [right for region, right in edits.items() if region in kept]
@@ -67,7 +67,7 @@ def with_parts(results: list[dict], cases: list[Case]) -> list[dict]:
 
     parted = []
     for entry in results:
-        name, edits = entry["case"], entry["edits"]
+        name, edits = entry["case"], entry.get("edits", {})  # records of earlier versions have none
         kept = {
             "of_ceiling": {region for region, right in shown.get(name, {}).items() if right},
             "small": {region for region, size in sizes[name].items() if size < SMALL},
@@ -264,10 +264,10 @@ def main(argv: list[str] | None = None) -> None:
     results = read_results(args.results)
     if not results:
         raise ValueError(f"no results in {args.results}: run `python -m benchmarks.run` first")
-    if args.methods:
-        results = of_methods(results, args.methods)
     cases = load_cases(args.cases)
     results = with_parts(results, cases)
+    if args.methods:
+        results = of_methods(results, args.methods)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = tables(results)

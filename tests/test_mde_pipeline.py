@@ -73,7 +73,6 @@ def test_without_masks_it_is_prompt_to_prompt(edit, inversion, pipe):
         {"max_update": 0.005},
         {"max_update": None},
         {"outside_attention": 0.0},
-        {"attribute_attention": 2.0},
         {"attention_resolution": 8},
         {"mask_dilation": 1},
         {"background_blend": 0.0},
