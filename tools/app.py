@@ -363,6 +363,7 @@ class Page:
             self.on_invert,
             [self.session, self.image, self.source_prompt, *settings],
             [self.session, self.source_status, self.reconstruction],
+            show_progress_on=self.source_status,
             **computing,
         )
         for i, slot in enumerate(self.slots):
@@ -370,6 +371,7 @@ class Page:
                 partial(self.on_find, i),
                 [self.session, self.image, self.source_prompt, slot.source, *settings],
                 [self.session, self.source_status, self.reconstruction, slot.editor, slot.refusal],
+                show_progress_on=[self.source_status, slot.refusal],
                 **computing,
             )
             slot.clear.click(partial(self.on_clear, i), self.session, [slot.editor, slot.refusal], **private)
@@ -383,6 +385,7 @@ class Page:
             self.on_edit,
             [self.session, self.image, *words, *settings, *editors],
             [self.session, self.source_status, self.reconstruction, *results],
+            show_progress_on=self.edit_status,  # not over the previews
             **computing,
         )
         self.stop.click(lambda: "Stopped.", None, self.edit_status, cancels=[running], **private)

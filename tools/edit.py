@@ -106,13 +106,12 @@ class Regions:
 
     def draw_all(self, setting: str, image: PIL.Image.Image) -> list[dict]:
         """{the pipeline's key of a word: its regions}, for all target prompts or for each."""
-        return [
-            {
-                mask_key(word): [self.draw(f"{setting}` `{word}", text, image) for text in texts]
-                for word, texts in masks.items()
-            }
-            for masks in self.told(setting)
-        ]
+
+        def drawn(word: str, texts: list[str]):
+            regions = [self.draw(f"{setting}` `{word}", text, image) for text in texts]
+            return regions if len(regions) > 1 else regions[0]  # alone, an error calls it by its word and no number
+
+        return [{mask_key(word): drawn(word, texts) for word, texts in masks.items()} for masks in self.told(setting)]
 
 
 def check_out(out: str, folder: bool) -> Path:
