@@ -157,6 +157,7 @@ def presets(embedded: bool) -> dict[str, dict[str, Any]]:
     null_text = {"method": "null_text", "steps": 50} | ({"guidance_scale": 1.5} if embedded else {})
     return {
         "usual": usual,
+        "strong": {**usual, **PRESETS["strong"]},
         "fast": {**usual, "steps": 10, **PRESETS["fast"]},
         "paper": {**usual, **null_text, "optimization_iterations": 15, **PRESETS["paper"]},
         "released": {**usual, **null_text, "optimization_iterations": 15, **PRESETS["released"]},
@@ -164,8 +165,9 @@ def presets(embedded: bool) -> dict[str, dict[str, Any]]:
 
 
 PRESET_HELP = (
-    "usual: direct inversion, all of the guidance · fast: fewer steps and iterations · paper: its text, null-text"
-    " inversion included (minutes) · released: what the official code computes"
+    "usual: direct inversion, all of the guidance · strong: larger steps, for models that look past their words' places"
+    " · fast: fewer steps and iterations · paper: its text, null-text inversion included (minutes) · released: what the"
+    " official code computes"
 )
 
 
@@ -680,7 +682,7 @@ class Page:
             prompt: What it should show, the same sentence with other words, e.g. "a dog wearing a red hat".
             objects: New objects and where each goes, "dog=word:cat; ball=box:10,20,90,120": where the cat is, or a box.
             attributes: New colors or textures, likewise, e.g. "red=word:straw hat".
-            preset: "usual", "fast", "paper" or "released".
+            preset: "usual", "strong", "fast", "paper" or "released".
         """
         try:
             check_setting("preset", preset, str, choices=tuple(self.presets))
