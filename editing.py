@@ -1343,7 +1343,9 @@ def per_picture(prompt, num_pictures: int) -> list:
 
 def item_of(values, k: int):
     """The `k`-th of a list or of the rows, (1, ...), of tensors; what is not a list, or has one row, holds for all."""
-    if isinstance(values, (torch.Tensor, Conditioning)):
+    if isinstance(values, Conditioning):  # each part may be one for all
+        return values.each(lambda part: item_of(part, k))
+    if isinstance(values, torch.Tensor):
         return values[k : k + 1] if len(values) > 1 else values
     return values[k] if isinstance(values, (list, tuple)) else values
 

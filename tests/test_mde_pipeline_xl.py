@@ -21,6 +21,8 @@ from diffusers import (
 from diffusers.callbacks import SDXLCFGCutoffCallback
 from mde_edit import Inversion, MDEEditPipeline, MDEEditXLPipeline
 from mde_edit.attention_processors import attention_layers, select_loss_layers
+from mde_edit.conditioning import Conditioning
+from mde_edit.editing import item_of
 from mde_edit.masks import binarize_mask, dilate_mask, resize_mask
 from mde_edit.prompts import align_tokens
 from safetensors import safe_open
@@ -290,6 +292,14 @@ def test_embeddings_of_the_users_own(pipe, edit, image, inversion, tmp_path):
         "guidance_scale": 3.0,
     }
     assert torch.equal(edit(**once, **given).images, edited) and not torch.equal(edited, plain)
+
+
+def test_either_part_of_what_is_not_wanted_may_be_one_for_all_pictures():
+    embeds, pooled = torch.randn(2, 77, 40), torch.randn(2, POOLED)
+    for given in (Conditioning(embeds[:1], pooled), Conditioning(embeds, pooled[:1]), Conditioning(embeds, pooled)):
+        second = item_of(given, 1)
+        assert torch.equal(second.embeds, given.embeds[-1:]) and torch.equal(second.pooled, given.pooled[-1:])
+        assert second.time_ids is None
 
 
 @pytest.mark.parametrize(
