@@ -159,6 +159,11 @@ class EditsPictures(ReadsPrompts):
         """A context in which the VAE computes finite numbers."""
         return nullcontext()
 
+    def latent_statistics(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+        """Mean and deviation of the VAE's latents, (1, channels, 1, 1) each, that the model's are without; numbers
+        where it is the same for all channels."""
+        return 0.0, 1.0
+
     def screen(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """(n, 3, height, width) as they may be shown, and the safety checker's verdicts; `None` without one."""
         return pixels, None
@@ -1263,7 +1268,8 @@ class EditsPictures(ReadsPrompts):
             encoded = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype))
         # `AutoencoderTiny` has no posterior
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return latents.float() * self.vae.config.scaling_factor
+        mean, deviation = self.latent_statistics()
+        return (latents.float() - mean) * self.vae.config.scaling_factor / deviation
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str):
@@ -1287,7 +1293,9 @@ class EditsPictures(ReadsPrompts):
     def decode_pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """(n, channels, h, w) latents to (n, 3, height, width), in [-1, 1] but for the VAE's overshoot."""
         with self.working_vae():
-            latents = (latents / self.vae.config.scaling_factor).to(self._execution_device, self.vae.dtype)
+            mean, deviation = self.latent_statistics()
+            latents = latents.to(self._execution_device) * deviation / self.vae.config.scaling_factor + mean
+            latents = latents.to(self.vae.dtype)
             return torch.cat([self.vae.decode(z, return_dict=False)[0] for z in latents.split(1)])
 
     def finish(self, pixels: torch.Tensor, output_type: str):

@@ -136,6 +136,14 @@ class MDEEditXLPipeline(CarriesItsCode, EditsPictures, StableDiffusionXLPipeline
                 if upcast:
                     self.vae.to(dtype)
 
+    def latent_statistics(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+        # as in diffusers: those of the VAE's config, if it has both
+        stated = [self.vae.config.get(name) for name in ("latents_mean", "latents_std")]
+        if None in stated:
+            return super().latent_statistics()
+        mean, deviation = (torch.tensor(one, dtype=torch.float32).view(1, -1, 1, 1) for one in stated)
+        return mean.to(self._execution_device), deviation.to(self._execution_device)
+
     def screen(self, pixels: torch.Tensor) -> tuple[torch.Tensor, None]:
         return pixels if self.watermark is None else self.watermark.apply_watermark(pixels), None
 

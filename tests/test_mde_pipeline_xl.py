@@ -479,6 +479,26 @@ def test_a_vae_that_leaves_half_precision(own, image, force_upcast, dtype):
     assert {p.dtype for p in own.vae.parameters()} == {torch.float16}
 
 
+def test_what_the_vae_states_of_its_latents_is_taken_out_and_put_back(own, image):
+    """As diffusers' SDXL pipelines do: image-to-image encodes, and all decode."""
+    mean, deviation = [0.3, -0.2, 0.1, 0.0], [0.5, 1.5, 2.0, 1.0]
+    plain = own.encode(own.prepare_image(image))
+    own.vae.register_to_config(latents_mean=mean)  # one without the other says nothing
+    assert torch.equal(own.encode(own.prepare_image(image)), plain)
+    own.vae.register_to_config(latents_std=deviation)
+    pixels = own.prepare_image(image)
+    latents = own.encode(pixels)
+    base = StableDiffusionXLImg2ImgPipeline(**own.components)
+    theirs = base.prepare_latents(pixels, None, 1, 1, torch.float32, "cpu", torch.Generator().manual_seed(0), False)
+    spread = own.vae.encode(pixels).latent_dist.std * own.vae.config.scaling_factor
+    spread = spread / torch.tensor(deviation).view(1, 4, 1, 1)
+    assert ((latents - theirs).abs() < 6 * spread).all() and not torch.allclose(latents, plain, atol=1e-2)
+    own.vae.register_to_config(latents_mean=None, latents_std=None)
+    decoded = own.decode_pixels(plain)
+    own.vae.register_to_config(latents_mean=mean, latents_std=deviation)
+    assert torch.allclose(own.decode_pixels(latents), decoded, atol=1e-4)
+
+
 def test_a_watermark_is_diffusers_own(own, edit):
     plain = edit(pipe=own, output_type="np").images
     own.watermark = SimpleNamespace(apply_watermark=lambda pixels: -pixels)
