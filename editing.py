@@ -692,7 +692,7 @@ class EditsPictures(ReadsPrompts):
             words: each with what it is called in an error.
         """
         self.check_model()
-        self.check_inversion(inversion)
+        inversion = self.check_inversion(inversion)
         for word, name in words:
             self.check_source_word(inversion.prompt, word, name)
         self.check_same_model(inversion, self.ddim_scheduler(inversion.num_inference_steps))
@@ -753,7 +753,7 @@ class EditsPictures(ReadsPrompts):
         check_setting("inversion_method", inversion_method, str, choices=INVERSION_METHODS)
         check_setting("guidance_rescale", guidance["guidance_rescale"], float | None, 0, 1)
         if inversion is not None:
-            self.check_inversion(inversion)
+            inversion = self.check_inversion(inversion)
         if (inversion is None) == (image is None):
             raise ValueError("Pass either `inversion` (from `pipe.invert`) or `image` with `source_prompt`, not both.")
         reading = self.check_reading(clip_skip, cross_attention_kwargs, inversion)
@@ -817,8 +817,8 @@ class EditsPictures(ReadsPrompts):
         settings = (inversion.prompt, inversion.image_size, latent_size, steps, *chosen, reading)
         return Source(*settings, inversion=inversion)
 
-    def check_inversion(self, inversion: Inversion) -> None:
-        """Raise `ValueError` unless `inversion` is one, and whole."""
+    def check_inversion(self, inversion: Inversion) -> Inversion:
+        """`inversion` as one of this copy of the code; raises `ValueError` unless it is one, and whole."""
         # by name: loaded through another door, the class is another object
         if type(inversion).__name__ != "Inversion":
             raise ValueError(
@@ -826,8 +826,9 @@ class EditsPictures(ReadsPrompts):
                 " `pipe.load_inversion(path)` reads a file, and a picture is `image`."
             )
         try:
+            inversion = Inversion.adopt(inversion)
             inversion.check_whole()
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"`inversion` is damaged ({error}): call `pipe.invert` again.") from error
         if inversion.family != self.family:
             models, editor = FAMILIES[inversion.family]
@@ -835,6 +836,7 @@ class EditsPictures(ReadsPrompts):
                 f"`inversion` was made with a model of {models}'s kind, whose latents mean nothing to"
                 f" {FAMILIES[self.family][0]}'s: edit it with {editor}, or call `pipe.invert` of this pipeline."
             )
+        return inversion
 
     def check_same_model(self, inversion: Inversion, scheduler) -> None:
         """Raise `ValueError` unless this pipeline, with `scheduler`, does what the one that made `inversion` did."""

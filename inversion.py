@@ -330,6 +330,20 @@ class Inversion:
     def __post_init__(self):
         object.__setattr__(self, "_decoded", {})  # see `decoded`; not a field, so neither saved nor compared
 
+    @classmethod
+    def adopt(cls, other) -> "Inversion":
+        """An inversion of another copy of this code, which may be older and lack what has a default here, as this
+        class's; one of this class as it is.
+
+        Raises:
+            TypeError: it lacks what has none.
+        """
+        if isinstance(other, cls):
+            return other
+        own = cls(**{f.name: getattr(other, f.name) for f in fields(cls) if hasattr(other, f.name)})
+        object.__setattr__(own, "_decoded", getattr(other, "_decoded", own._decoded))
+        return own
+
     @property
     def num_inference_steps(self) -> int:
         return len(self.timesteps)

@@ -373,7 +373,7 @@ class MDEMaskStep(MDEBlock):
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
         pipeline = self.pipeline(components)
-        pipeline.check_inversion(block_state.inversion)
+        block_state.inversion = pipeline.check_inversion(block_state.inversion)
         masks = _mask_lists(block_state)
         words = source_words(masks)
         for word, name in words.items():

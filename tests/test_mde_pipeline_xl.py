@@ -3,7 +3,7 @@
 import copy
 import inspect
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, make_dataclass, replace
 from types import SimpleNamespace
 
 import accelerate
@@ -409,6 +409,20 @@ def test_a_damaged_inversion_is_refused(pipe, inversion, damage, message):
     with count_unet_calls(pipe.unet) as calls, pytest.raises(ValueError, match=message):
         pipe(TARGET, replace(inversion, **damage))
     assert not calls
+
+
+def test_an_inversion_of_an_older_copy_of_the_code_is_stable_diffusions(components, image):
+    """Two doors in one process can lead to two versions, each with its own class."""
+    sd = make_pipe(components)
+    inversion = sd.invert(image, SOURCE, 1, "direct", height=32, width=32)
+    of_sdxl = ("family", "pooled_null_embeds", "pooled_prompt_embeds", "time_ids")
+    values = {f.name: getattr(inversion, f.name) for f in fields(inversion) if f.name not in of_sdxl}
+    older = make_dataclass("Inversion", [(name, object) for name in values])(**values)
+    ours, expected = (sd(TARGET, one, output_type="latent") for one in (older, inversion))
+    assert torch.equal(ours.images, expected.images)
+    del older.fingerprint
+    with pytest.raises(ValueError, match="`inversion` is damaged .*fingerprint.*: call `pipe.invert` again"):
+        sd(TARGET, older)
 
 
 # Other classes and other models
