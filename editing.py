@@ -582,11 +582,13 @@ class EditsPictures(ReadsPrompts):
         picture = self.read_image(image, image_name)
         pixels = self.fit_image(picture, height, width)
         sample_size = self.unet.config.sample_size  # a number, (height, width), or not stated
-        if isinstance(sample_size, int) and (pixels.numel() // 3) > 2 * (sample_size * self.vae_scale_factor) ** 2:
-            trained = sample_size * self.vae_scale_factor
+        trained = sample_size * self.vae_scale_factor if isinstance(sample_size, int) else None
+        large = trained is not None and (pixels.numel() // 3) > 2 * trained**2
+        if large or (trained is not None and 2 * min(pixels.shape[-2:]) < trained):
+            expected = "repeated objects, and memory to match" if large else "pictures worse than the model's own"
             logger.warning(
                 f"The picture is {pixels.shape[-1]}x{pixels.shape[-2]}, the model was trained at {trained}x{trained}:"
-                " expect repeated objects, and memory to match. Pass `height` and `width` to resize it."
+                f" expect {expected}. Pass `height` and `width` to resize it."
             )
         return pixels, tuple(picture.shape[:2])
 

@@ -223,8 +223,13 @@ def test_gradients_survive_a_half_precision_model():
     assert torch.allclose(gradient(loss, inputs, torch.float16), expected, rtol=1e-2, atol=0)
 
 
-def test_a_picture_far_larger_than_the_training_size_is_warned_about(pipe, image, caplog):
+def test_a_picture_far_from_the_training_size_is_warned_about(pipe, image, caplog):
     pipe.invert(image, SOURCE, 1, method="direct")
     assert "was trained at" not in caplog.text
     pipe.invert(image, SOURCE, 1, method="direct", height=96, width=128)
-    assert "The picture is 128x96, the model was trained at 64x64" in caplog.text
+    assert "The picture is 128x96, the model was trained at 64x64: expect repeated objects" in caplog.text
+    caplog.clear()
+    pipe.check_picture(image, SOURCE, 1, "direct", 7.5, height=32, width=48)
+    assert "was trained at" not in caplog.text
+    pipe.check_picture(image, SOURCE, 1, "direct", 7.5, height=28, width=64)
+    assert "The picture is 64x28, the model was trained at 64x64: expect pictures worse" in caplog.text
