@@ -32,7 +32,10 @@ _TWO_PROMPTS = (
     "both text encoders read the same prompt, whose words the masks name: what other prompts make of it goes in as"
     " `prompt_embeds` and `pooled_prompt_embeds`, from `pipe.encode_prompt`"
 )
-_SIZES = "the sizes that the model is told are the picture's, from `pipe.invert`"
+_SIZES = (
+    "the model is told the sizes of the picture itself and of what `height` and `width` make of it, and the inversion"
+    " keeps them for its edits"
+)
 _SIZE_NAMES = ("original_size", "crops_coords_top_left", "target_size")
 # Beside the arguments that no pipeline of ours takes, those of `StableDiffusionXLPipeline.__call__`.
 REFUSED_XL = {
@@ -118,8 +121,11 @@ class MDEEditXLPipeline(CarriesItsCode, EditsPictures, StableDiffusionXLPipeline
             raise ValueError(f"The pipeline has no {', '.join(missing)}: load it whole, an edit reads its prompts.")
 
     def time_ids(self, image_size: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+        # An original smaller than the target means a picture that was blown up, which the model would then draw: where
+        # a side was enlarged, the original is told as large as the target, diffusers' default.
+        original = [max(own, target) for own, target in zip(image_size, size)]
         # resized as a whole, so the crop begins in the corner
-        ids = torch.tensor([[*image_size, 0, 0, *size]], dtype=torch.float32)
+        ids = torch.tensor([[*original, 0, 0, *size]], dtype=torch.float32)
         return ids.to(self._execution_device)
 
     @contextmanager
@@ -162,7 +168,8 @@ class MDEEditXLPipeline(CarriesItsCode, EditsPictures, StableDiffusionXLPipeline
         r"""
         Invert a real picture, once, for any number of edits: [`MDEEditPipeline.invert`] with SDXL.
 
-        The sizes that SDXL is told are the picture's own, and that to which it is resized; edits are told the same.
+        The sizes that SDXL is told are the picture's own and that to which it is resized (where it is enlarged, twice
+        the latter); edits are told the same.
 
         Args:
             pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor`, *optional*):

@@ -249,6 +249,19 @@ def test_the_unet_is_told_both_readings_and_the_pictures_sizes(pipe, image):
     assert torch.equal(added["text_embeds"], torch.cat([torch.zeros_like(target[1]), target[1]]))
 
 
+@pytest.mark.parametrize(
+    "size,told",
+    [
+        ((HEIGHT, WIDTH), (HEIGHT, WIDTH)),
+        ((HEIGHT // 2, WIDTH // 2), (HEIGHT, WIDTH)),
+        ((2 * HEIGHT, 2 * WIDTH), (2 * HEIGHT, 2 * WIDTH)),
+        ((2 * HEIGHT, WIDTH // 2), (2 * HEIGHT, WIDTH)),
+    ],
+)
+def test_no_picture_is_told_to_be_blown_up(pipe, size, told):
+    assert pipe.time_ids((HEIGHT, WIDTH), size).tolist() == [[*told, 0, 0, *size]]
+
+
 def test_no_prompt_is_zeros_where_the_model_was_trained_so(parts, pipe, edit, image, inversion):
     assert not inversion.null_embeds.any() and inversion.negative_prompt is None
     other = make_xl(parts, MDEEditXLPipeline, force_zeros_for_empty_prompt=False)
@@ -315,7 +328,7 @@ def test_either_part_of_what_is_not_wanted_may_be_one_for_all_pictures():
         ({"prompt_embeds": torch.zeros(1, 77, 16), "pooled_prompt_embeds": torch.zeros(1, POOLED)}, r"\(1, 77, 40\)"),
         ({"prompt_2": "a dog"}, "`prompt_2` has no place in MDE-Edit: both text encoders"),
         ({"negative_prompt_2": "a dog"}, "`negative_prompt_2` has no place"),
-        ({"original_size": (64, 64)}, "`original_size` has no place in MDE-Edit: .*from `pipe.invert`"),
+        ({"original_size": (64, 64)}, "`original_size` has no place in MDE-Edit: .*`height` and `width`"),
         ({"denoising_end": 0.8}, "`denoising_end` has no place.*refiner"),
         ({"ip_adapter_image": 1}, "`ip_adapter_image` has no place"),
         ({"clip_skip": 3}, "`clip_skip` is 3: use a whole number from 0 to 2"),
