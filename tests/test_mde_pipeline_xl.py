@@ -332,7 +332,7 @@ def test_either_part_of_what_is_not_wanted_may_be_one_for_all_pictures():
         ({"denoising_end": 0.8}, "`denoising_end` has no place.*refiner"),
         ({"ip_adapter_image": 1}, "`ip_adapter_image` has no place"),
         ({"clip_skip": 3}, "`clip_skip` is 3: use a whole number from 0 to 2"),
-        ({"object_masks": {"cat": "dog"}}, "no word of the source prompt|'cat'"),
+        ({"object_masks": {"dog": "lion"}}, r"object_masks\['dog'\] names no word of the source prompt: 'lion'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
