@@ -72,7 +72,8 @@ class CarriesItsCode:
     """Mixin of a diffusers pipeline: components shared as they are, and a saved pipeline that any machine can load.
 
     A class states `source_file`, its module's `__file__`, and `module_name`, under which a saved pipeline has the code;
-    `check_parts(pipeline, fault)` raises `ValueError` for a pipeline whose components it cannot take, `fault` or not.
+    `check_parts(pipeline, fault)` raises `ValueError` for a pipeline whose components it cannot take, `fault` or not,
+    and `check_index(index)` for a `model_index.json` of such.
     """
 
     source_file: Path
@@ -115,6 +116,7 @@ class CarriesItsCode:
         # Whoever loads through this class has the code: the copy in the model's folder is for those who have not, and
         # would ask for their trust.
         config = super()._dict_from_json_file(json_file, **kwargs)
+        cls.check_index(config)  # before the weights are downloaded
         if config.get("_class_name") == cls._index_name():
             config["_class_name"] = cls._index_name()[1]
         return config

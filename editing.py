@@ -193,10 +193,20 @@ class EditsPictures(ReadsPrompts):
     def check_unet(cls, unet) -> None:
         """Raise `ValueError`, naming the class to use, for a U-Net of another family."""
         config = getattr(unet, "config", {})  # diffusers registers what is not there, too
-        family = "sdxl" if config.get("addition_embed_type") == "text_time" else "sd"
-        if config and family != cls.family:
+        if config:
+            cls.check_family("U-Net", "sdxl" if config.get("addition_embed_type") == "text_time" else "sd")
+
+    @classmethod
+    def check_index(cls, index: dict) -> None:
+        """Raise `ValueError`, naming the class to use, for the `model_index.json` of a model of another family."""
+        if "unet" in index:
+            cls.check_family("model", "sdxl" if "text_encoder_2" in index else "sd")
+
+    @classmethod
+    def check_family(cls, what: str, family: str) -> None:
+        if family != cls.family:
             models, editor = FAMILIES[family]
-            raise ValueError(f"This U-Net is of {models}'s kind and {cls.__name__} is not: use {editor}.")
+            raise ValueError(f"This {what} is of {models}'s kind and {cls.__name__} is not: use {editor}.")
 
     @staticmethod
     def load_inversion(path) -> Inversion:

@@ -97,6 +97,47 @@ except ValueError as error:
     }
 
 
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("diffusers.UNet2DConditionModel.from_pretrained", load)
+    monkeypatch.setattr("transformers.CLIPTextModel.from_pretrained", load)
+
+
+def test_the_commands_name_the_class_before_anything_is_loaded(models, nothing_is_loaded, tmp_path, capsys):
+    case, out = ROOT / "examples" / "cat_straw_hat", tmp_path / "out"
+    model = ["--model", str(models / "xl"), "--out", str(out)]
+    one = ["--image", str(case / "image.png"), "--source-prompt", "a cat"]
+    for argv in (
+        ["edit", "--config", str(case / "edit.json")],
+        ["invert", *one],
+        ["mask", *one, "--region", "word:cat"],
+        ["batch", "--config", str(case / "edit.json"), "--fail-fast", str(tmp_path / "rows.jsonl")],
+    ):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a dog wearing a red hat"}) + "\n")
+        assert cli.main([*argv, *model]) == 2
+        assert "MDEEditPipeline is not: use MDEEditXLPipeline" in capsys.readouterr().err
+    assert not out.exists() or not list(out.glob("*.png"))
+
+
+def test_blocks_name_the_class(models, image):
+    modular = pytest.importorskip("mde_edit.mde_blocks").MDEEditBlocks().init_pipeline(str(models / "xl"))
+    modular.load_components()
+    with pytest.raises(ValueError, match="use MDEEditXLPipeline"):
+        modular(image=image, source_prompt="a cat", prompt="a dog")
+
+
+def test_a_model_goes_with_the_pipeline_of_its_family(models, capsys):
+    push = ["push", "user/name", "--dry-run", "--with-model"]
+    assert cli.main([*push, str(models / "sd"), "--xl"]) == 2
+    assert "use MDEEditPipeline. Push it without --xl" in capsys.readouterr().err
+    assert cli.main([*push, str(models / "xl")]) == 2
+    assert "use MDEEditXLPipeline. Push it with --xl" in capsys.readouterr().err
+    assert cli.main([*push, str(models / "xl"), "--xl"]) == 0
+
+
 def test_xl_is_not_for_blocks_or_a_page(capsys):
     assert cli.main(["push", "user/page", "--space", "--xl", "--dry-run"]) == 2
     assert "--xl goes with the pipeline" in capsys.readouterr().err

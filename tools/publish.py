@@ -27,7 +27,7 @@ def files_to_push(root: Path, model: Path | None = None, editor: type = MDEEditP
         editor: the class of pipeline, of which diffusers wants one per repository.
 
     Raises:
-        ValueError: `root` or `model` lacks a file that has to go.
+        ValueError: `root` or `model` lacks a file that has to go, or `model` is of another family than `editor`.
     """
     entry, code = root / "pipeline.py", root / editor.source_file.name
     sources = {module.name: module for module in (imported_modules(code) if code.is_file() else [code])}
@@ -44,7 +44,13 @@ def files_to_push(root: Path, model: Path | None = None, editor: type = MDEEditP
     own = re.sub(r"\bMDEEditPipeline\b", editor.__name__, entry.read_text(encoding="utf-8"))
     files[entry.name] = re.sub(r"\bmde_pipeline\b", code.stem, own).encode()
     if model is not None:
-        index = {**json.loads(files["model_index.json"]), "_class_name": editor._index_name()}
+        index = json.loads(files["model_index.json"])
+        try:
+            editor.check_index(index)
+        except ValueError as error:
+            flag = "without" if editor.family == "sdxl" else "with"
+            raise ValueError(f"`with_model` '{model}': {error} Push it {flag} --xl.") from error
+        index["_class_name"] = editor._index_name()
         files["model_index.json"] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
         files[f"{editor.module_name}.py"] = self_contained_source(code).encode()
     return dict(sorted(files.items()))
