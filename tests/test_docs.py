@@ -2,8 +2,8 @@
 
 The working directory looks like a clone that also holds a clone called `mde_edit`; the Hub is on loopback, with the
 embedded model in Stable Diffusion's place, a small one in SDXL's, and this repository at user/mde-edit and
-user/mde-edit-xl; "cuda" is read as "cpu", an inversion at the defaults as one of four steps. A block that needs more
-than that is marked by a line `<!-- not executed: why -->` right above it.
+user/mde-edit-xl; "cuda" is read as "cpu", an inversion at the defaults as one of four steps, SDXL's size as the small
+model's. A block that needs more than that is marked by a line `<!-- not executed: why -->` right above it.
 """
 
 import json
@@ -36,6 +36,22 @@ def notebook_cells(text):
 def test_blocks_are_found_and_marked_ones_left_out():
     text = "```python\na\n```\ntext\n<!-- not executed: x -->\n```python\nb\n```\n```bash\nc\n```\n```py\nd\ne\n```\n"
     assert python_blocks(text) == ["a\n", "d\ne\n"]
+
+
+def anchors(text):
+    """What the headings of a document are called in links to it, as GitHub does it."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_to_files_of_the_repository_lead_somewhere(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", path.read_text()):
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text()), target
 
 
 @pytest.fixture(scope="module")
@@ -76,5 +92,6 @@ def test_the_documents_python_runs(document, hub, tmp_path):
             (here / entry.name).symlink_to(entry)
     clone(here / "mde_edit")
     code = "\n".join(python_blocks((ROOT / document).read_text())).replace('"cuda"', '"cpu"')
-    code = re.sub(r'(pipe\.invert\([^()]*straw hat")\)', r"\1, num_inference_steps=4)", code)
+    code = code.replace("height=1024, width=1024)", "height=64, width=64)")
+    code = re.sub(r'(pipe\.invert\([^()]*straw hat"(, height=64, width=64)?)\)', r"\1, num_inference_steps=4)", code)
     run_script(code, tmp_path / "home", here, hub, HF_TOKEN="hf_none")
