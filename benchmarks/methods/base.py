@@ -16,7 +16,8 @@ class Method:
 
     Attributes:
         run: (pipe, case, steps, seed, **settings) -> edited picture. Leaves `pipe` as it was.
-        group: "masks" or "prompt", what the method is told; "floor" for rows that edit nothing.
+        group: "masks" or "prompt", what the method is told; "floor" for rows that edit nothing, ceilings
+            among them.
         source: the paper, and what differs from it.
         settings: keyword arguments of `run`, with the values used.
         grid: per setting, what tuning tries.
