@@ -110,13 +110,14 @@ def test_the_commands_name_the_class_before_anything_is_loaded(models, nothing_i
     case, out = ROOT / "examples" / "cat_straw_hat", tmp_path / "out"
     model = ["--model", str(models / "xl"), "--out", str(out)]
     one = ["--image", str(case / "image.png"), "--source-prompt", "a cat"]
+    row = {"image": str(case / "image.png"), "source_prompt": "a cat", "prompt": "a dog"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     for argv in (
         ["edit", "--config", str(case / "edit.json")],
         ["invert", *one],
         ["mask", *one, "--region", "word:cat"],
-        ["batch", "--config", str(case / "edit.json"), "--fail-fast", str(tmp_path / "rows.jsonl")],
+        ["batch", "--fail-fast", str(tmp_path / "rows.jsonl")],
     ):
-        (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a dog wearing a red hat"}) + "\n")
         assert cli.main([*argv, *model]) == 2
         assert "MDEEditPipeline is not: use MDEEditXLPipeline" in capsys.readouterr().err
     assert not out.exists() or not list(out.glob("*.png"))
