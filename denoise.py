@@ -35,8 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"ccl_form": "token_ratio", "ccl_weight": 1.25, "max_update": None},
     # What the official code computes: an object loss without gradient, the spatial ratio at its hard-coded weight.
     "released": {"oal_weight": 0.0, "ccl_form": "spatial_ratio", "ccl_weight": 1.5, "max_update": None},
-    # Where attention is diluted, the paper's weight in larger steps makes more edits, as many as three times the
-    # iterations of the default; where it is sharp, fewer (benchmarks/RESULTS.md).
+    # The paper's weight in larger steps: as much as three times the iterations of the defaults where attention is
+    # diluted, and fewer edits where it is sharp (benchmarks/RESULTS.md).
     "strong": {"ccl_weight": 1.25, "max_update": 0.05, "optimization_iterations": 5},
     # More iterations did not pay in emoji-bench (benchmarks/tuning.md), nor more steps than 10 of a "direct" inversion.
     "fast": {"optimization_iterations": 2},
