@@ -111,19 +111,19 @@ class Inject:
     cross: layer name -> (heads, pixels, tokens), the source's maps on the target's shared tokens ([`align_maps`]).
     shared: (tokens,) bool, the tokens those maps replace; the others keep the target's own map.
     self_qk: layer name -> the source's query and key; the target's value is weighted by them.
-    weights: layer name -> (pixels, tokens), by what the target's own map is multiplied where it is kept; without an
-        entry it is kept as it is.
     capture_layers, captured: layers whose *own* map A* (before injection) the pass puts into `captured`.
     exit_after: name of the layer at which the pass ends with [`UNetExit`]: what comes after has no reader.
+    weights: layer name -> (pixels, tokens), by what the target's own map is multiplied where it is kept; without an
+        entry it is kept as it is.
     """
 
     cross: dict[str, torch.Tensor]
     shared: torch.Tensor
     self_qk: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
     capture_layers: frozenset = frozenset()
     captured: dict[str, torch.Tensor] = field(default_factory=dict)
     exit_after: str | None = None
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def reads(self, name: str) -> bool:
         return name in self.cross or name in self.self_qk or name in self.capture_layers

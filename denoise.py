@@ -252,7 +252,7 @@ def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Ed
     lora_scale = run.inversion.lora_scale
     aligned = align_maps(source.cross, edit.alignment)
     cross = aligned if run.injects_cross(i) else {}
-    inject = Inject(cross, edit.alignment.shared, source.self_qk, own_weights(run, edit, cross))  # Eq. 3
+    inject = Inject(cross, edit.alignment.shared, source.self_qk, weights=own_weights(run, edit, cross))  # Eq. 3
 
     losses, before = [], None
     if run.optimizes(i) and run.has_losses(edit):  # Eq. 4-7

@@ -83,7 +83,15 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     assert (tmp_path / "cat.safetensors").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("document", [name for name in DOCUMENTS if python_blocks((ROOT / name).read_text())])
+@pytest.mark.parametrize(
+    "document",
+    [
+        # the model cards say what README.md and docs/sdxl.md say, of a repository
+        pytest.param(name, marks=pytest.mark.slow if name.startswith("model_card") else ())
+        for name in DOCUMENTS
+        if python_blocks((ROOT / name).read_text())
+    ],
+)
 def test_the_documents_python_runs(document, hub, tmp_path):
     here = tmp_path / "clone"
     here.mkdir()

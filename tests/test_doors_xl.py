@@ -58,6 +58,7 @@ def test_what_goes_is_one_pipeline(pushed):
     )
 
 
+@pytest.mark.slow  # the default suite has most of them in docs/sdxl.md, which tests/test_docs.py runs
 def test_every_door(models, pushed, expected, tmp_path):
     bundle = tmp_path / "mde_edit_xl.py"
     assert cli.main(["bundle", "--xl", "--out", str(bundle)]) == 0
