@@ -51,7 +51,7 @@ def attention_layers(unet, latent_size: tuple[int, int]) -> list[AttentionLayer]
     for name in unet.attn_processors:
         place, numbers = name.split(".")[0], [int(n) for n in re.findall(r"\.(\d+)", name)]
         if "transformer_blocks" not in name or place not in stage:
-            raise ValueError(f"The U-Net's attention layer {name!r} is not of Stable Diffusion 1.x/2.x's shape.")
+            raise ValueError(f"The U-Net's attention layer {name!r} is not of Stable Diffusion's or SDXL's shape.")
         level = {"down_blocks": numbers[0], "mid_block": levels - 1, "up_blocks": levels - 1 - numbers[0]}[place]
         is_cross = ".attn2." in name
         layers.append(((stage[place], *numbers, is_cross), AttentionLayer(name, is_cross, sizes[level])))
