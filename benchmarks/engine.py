@@ -54,10 +54,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tests.oracle import NaiveProcessor, Tape, naive_edit
 
 
-TOKENS, NEW = (
-    77,
-    (2, 5),
-)  # tokens of a prompt; those that the two prompts do not share: the object's and the attribute's
+TOKENS = 77  # of a prompt
+NEW = (2, 5)  # those that the two prompts do not share: the object's and the attribute's
 GUIDANCE_SCALE, INNER_STEPS = 7.5, 10
 LATENT_SIZE = (64, 64)
 REPEATS = 3
@@ -148,18 +146,22 @@ class Scene:
         return self.run.inversion.timesteps[i], self.run.inversion.source_latents(i)
 
 
-def sd14() -> tuple[UNet2DConditionModel, AutoencoderKL]:
-    """Stable Diffusion 1.4's two large parts, with random weights."""
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+def make_vae(**config) -> AutoencoderKL:
+    """The autoencoder that Stable Diffusion and SDXL have but for its `config`, with random weights."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
-        scaling_factor=0.18215,
-        sample_size=512,
+        **config,
     )
-    return unet.eval(), vae.eval().requires_grad_(False)
+    return vae.eval().requires_grad_(False)
+
+
+def sd14() -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """Stable Diffusion 1.4's two large parts, with random weights."""
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    return unet.eval(), make_vae(scaling_factor=0.18215, sample_size=512)
 
 
 def make_text(unet) -> Conditioning:

@@ -5,7 +5,7 @@ activations, counted as benchmarks/engine.py counts them, on tensors without dat
 """
 
 import argparse
-from collections import Counter
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +14,19 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from mde_edit.denoise import PRESETS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.engine import GIB, LATENT_SIZE, TERA, Cost, Pass, cost_of, make_scene, passes_of, sd14
+from benchmarks.engine import (
+    GIB,
+    LATENT_SIZE,
+    TERA,
+    Figures,
+    Pass,
+    cost_of,
+    make_scene,
+    make_vae,
+    passes_of,
+    sd14,
+    total,
+)
 
 
 LATENT_SIZE_XL = (128, 128)
@@ -37,15 +49,7 @@ def sdxl() -> tuple[UNet2DConditionModel, AutoencoderKL]:
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        scaling_factor=0.13025,
-        sample_size=1024,
-    )
-    return unet.eval(), vae.eval().requires_grad_(False)
+    return unet.eval(), make_vae(scaling_factor=0.13025, sample_size=1024)
 
 
 MODELS = {  # column: model, latents, dtype of the U-Net; the VAE's is float32
@@ -59,7 +63,7 @@ PROGRAMS = {  # name: steps, settings
 }
 
 
-def column(model, latent_size: tuple[int, int], dtype: torch.dtype) -> tuple[dict[str, Cost], float]:
+def column(model, latent_size: tuple[int, int], dtype: torch.dtype) -> tuple[dict[str, Figures], float]:
     """Of a model: its passes' and programs' costs by name, and its weights in bytes."""
     with FakeTensorMode():
         _, vae = model()
@@ -70,7 +74,8 @@ def column(model, latent_size: tuple[int, int], dtype: torch.dtype) -> tuple[dic
         scene = next(iter(scenes.values()))
         passes = {name: passes_of(one, "edit") + passes_of(one, "direct") for name, one in scenes.items()}
         kinds = {kind for counter in passes.values() for kind in counter} | {NULL}
-        costs = {kind: cost_of(scene, kind) for kind in sorted(kinds)}
+        counted = {kind: cost_of(scene, kind) for kind in sorted(kinds)}
+        costs = {kind: Figures(cost.flops, math.nan, cost.peak) for kind, cost in counted.items()}  # no seconds
         weights = sum(p.numel() * p.itemsize for part in (unet, vae) for p in part.parameters())
     programs = {f"**{name}, with its direct inversion**": total(counter, costs) for name, counter in passes.items()}
     return {**{str(kind): cost for kind, cost in costs.items()}, **programs}, weights
@@ -84,10 +89,6 @@ def in_dtype(dtype: torch.dtype, make: Callable):
         return make()
     finally:
         torch.set_default_dtype(before)
-
-
-def total(passes: Counter[Pass], costs: dict[Pass, Cost]) -> Cost:
-    return Cost(sum(n * costs[kind].flops for kind, n in passes.items()), max(costs[kind].peak for kind in passes))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.cases import Case, load_cases
 from benchmarks.localization import measure, seen_case
 from benchmarks.run import limited, load_pipe
-from benchmarks.tables import COLUMNS, bootstrap, of_methods, paired, read_results
+from benchmarks.tables import COLUMNS, bootstrap, gain_cell, of_methods, paired, read_results
 
 
 matplotlib.use("Agg")
@@ -65,11 +65,7 @@ def table(points: list[dict], methods: list[str]) -> str:
     for one in points:
         share, base = ("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in one[key])) for key in ("in_mask", "base"))
         for label in methods:
-            cells = []
-            for figure in GAINS:
-                _, digits, factor = COLUMNS[figure]
-                mean, low, high = (factor * value for value in one["gains"][label][figure])
-                cells.append(f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+            cells = [gain_cell(one["gains"][label][figure], figure) for figure in GAINS]
             lines.append(f"| {one['tau']:g} | {share} | {one['n']} | {base} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -114,6 +114,13 @@ def paired(results: list[dict], one: str, other: str, figure: str) -> tuple[floa
     return bootstrap(np.array([values[one][case] - values[other][case] for case in shared], float))
 
 
+def gain_cell(gain: tuple[float, float, float], name: str) -> str:
+    """A difference in the figure `name`, (mean, low, high), with its sign."""
+    _, digits, factor = COLUMNS[name]
+    mean, low, high = (factor * value for value in gain)
+    return "–" if np.isnan(mean) else f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def cell(values: np.ndarray, digits: int, factor: float) -> str:
     mean, low, high = (factor * value for value in bootstrap(values))
     if np.isnan(mean):
@@ -186,11 +193,7 @@ def differences(results: list[dict], labels: list[str]) -> str:
     own = {entry["case"] for entry in results if entry["label"] == REFERENCE}
     for label in labels:
         shared = own & {entry["case"] for entry in results if entry["label"] == label}
-        cells = []
-        for name in columns:
-            _, digits, factor = COLUMNS[name]
-            mean, low, high = (factor * value for value in paired(results, REFERENCE, label, name))
-            cells.append("–" if np.isnan(mean) else f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+        cells = [gain_cell(paired(results, REFERENCE, label, name), name) for name in columns]
         lines.append(f"| {label} | {len(shared)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

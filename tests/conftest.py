@@ -55,6 +55,43 @@ def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), WORDS)
 
 
+def text_config(tokenizer, **sizes) -> CLIPTextConfig:
+    """A small text encoder's, for a tokenizer's words."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        intermediate_size=32,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+    )
+
+
+@torch.no_grad()
+def steepen(unet) -> None:
+    """Random projections give flat maps, on which injection would be invisible."""
+    for name, parameter in unet.named_parameters():
+        if ".to_q." in name or ".to_k." in name:
+            parameter.mul_(3)
+
+
+def short_edit(pipe, inversion, masks, **settings):
+    """A call that edits with everything on; its keyword arguments change it."""
+    base = {
+        "inversion": inversion,
+        "object_masks": {"dog": masks[0]},
+        "attribute_masks": {"red": masks[1]},
+        "output_type": "latent",
+        **settings,
+    }
+
+    def run(prompt=TARGET, pipe=pipe, **changes):
+        return pipe(prompt, **{**base, **changes})
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def components(tokenizer):
     torch.manual_seed(0)
@@ -70,22 +107,8 @@ def components(tokenizer):
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if ".to_q." in name or ".to_k." in name:
-                parameter.mul_(3)  # random projections give flat maps, on which injection would be invisible
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    steepen(unet)
+    text_encoder = CLIPTextModel(text_config(tokenizer, hidden_size=16, num_hidden_layers=2))
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,

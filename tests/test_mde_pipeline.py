@@ -11,24 +11,12 @@ from mde_edit import denoise
 from mde_edit.denoise import PRESETS
 from mde_edit.masks import dilate_mask, resize_mask
 
-from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, state_of
+from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, short_edit, state_of
 
 
 @pytest.fixture
 def edit(pipe, inversion, masks):
-    """A short edit with everything on; keyword arguments change it."""
-    base = {
-        "inversion": inversion,
-        "object_masks": {"dog": masks[0]},
-        "attribute_masks": {"red": masks[1]},
-        "optimization_iterations": 2,
-        "output_type": "latent",
-    }
-
-    def run(prompt=TARGET, **changes):
-        return pipe(prompt, **{**base, **changes})
-
-    return run
+    return short_edit(pipe, inversion, masks, optimization_iterations=2)
 
 
 def latent_mask(masks, dilation):

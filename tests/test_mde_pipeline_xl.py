@@ -28,7 +28,7 @@ from mde_edit.prompts import align_tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe
+from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, short_edit
 from .oracle import naive_edit
 from .test_denoise import DOG, RED, SETTINGS
 from .tiny_xl import BETAS, POOLED, make_components, make_xl
@@ -61,20 +61,7 @@ def inversion(parts, image):
 
 @pytest.fixture
 def edit(pipe, inversion, masks):
-    """A short edit with everything on; keyword arguments change it."""
-    base = {
-        "inversion": inversion,
-        "object_masks": {"dog": masks[0]},
-        "attribute_masks": {"red": masks[1]},
-        "optimization_iterations": 1,
-        "optimization_steps": 0.2,
-        "output_type": "latent",
-    }
-
-    def run(prompt=TARGET, pipe=pipe, **changes):
-        return pipe(prompt, **{**base, **changes})
-
-    return run
+    return short_edit(pipe, inversion, masks, optimization_iterations=1, optimization_steps=0.2)
 
 
 @contextmanager

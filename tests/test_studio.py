@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mde_edit import MDEEditPipeline
+from mde_edit.tools.edit import report
 from mde_edit.tools.options import OPTIONS, read_arguments
 from mde_edit.tools.studio import (
     ATTRIBUTE,
@@ -24,7 +25,6 @@ from mde_edit.tools.studio import (
     as_python,
     check_settings,
     mask_file,
-    report,
     write_regions,
 )
 

@@ -3,25 +3,13 @@ without attention, which is told pooled text and sizes."""
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from .conftest import steepen, text_config
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WIDTHS, POOLED = (16, 24), 16  # of the text encoders, and what the second one pools to
-
-
-def _text_config(tokenizer, width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=32,
-        projection_dim=POOLED,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -45,11 +33,8 @@ def make_unet() -> UNet2DConditionModel:
 def make_components(tokenizer) -> dict:
     """The parts of a `StableDiffusionXLPipeline` but its scheduler, from the first tokenizer."""
     torch.manual_seed(0)
-    unet, (first, second) = make_unet(), WIDTHS
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if ".to_q." in name or ".to_k." in name:
-                parameter.mul_(3)  # random projections give flat maps, on which injection would be invisible
+    unet = make_unet()
+    steepen(unet)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -60,11 +45,14 @@ def make_components(tokenizer) -> dict:
         force_upcast=True,
         sample_size=64,
     )
+    first, second = (
+        text_config(tokenizer, hidden_size=width, projection_dim=POOLED, num_hidden_layers=3) for width in WIDTHS
+    )
     return {
         "unet": unet.eval(),
         "vae": vae.eval(),
-        "text_encoder": CLIPTextModel(_text_config(tokenizer, first)).eval(),
-        "text_encoder_2": CLIPTextModelWithProjection(_text_config(tokenizer, second)).eval(),
+        "text_encoder": CLIPTextModel(first).eval(),
+        "text_encoder_2": CLIPTextModelWithProjection(second).eval(),
         "tokenizer": tokenizer,
         # other padding than the first, as in SDXL
         "tokenizer_2": CLIPTokenizer.from_pretrained(tokenizer.name_or_path, model_max_length=77, pad_token="!"),

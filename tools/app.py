@@ -25,7 +25,7 @@ from ..denoise import PRESETS
 from ..inversion import Inversion
 from ..masks import as_binary_mask
 from ..mde_pipeline import MDEEditPipeline
-from .edit import Edited, Request, as_rgb
+from .edit import Edited, Request, as_rgb, report
 from .edit import Regions as CommandRegions
 from .measure import as_array, psnr
 from .options import OPTIONS, parse_region
@@ -41,7 +41,6 @@ from .studio import (
     as_command,
     as_python,
     check_settings,
-    report,
     write_regions,
 )
 

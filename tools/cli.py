@@ -22,7 +22,6 @@ from .edit import (
     check_out,
     drawn_masks,
     edit,
-    figures,
     invert,
     load_pipeline,
     prepare,
@@ -30,8 +29,7 @@ from .edit import (
     read_request,
     reading,
     reconstruction,
-    used_settings,
-    versions,
+    report,
 )
 from .measure import measured, peak_memory_mib
 from .options import parse_region, read_arguments
@@ -77,14 +75,10 @@ def run_edit(args: argparse.Namespace) -> str:
     shown = drawn_masks(edited, inversion, 0)
     draw_sheet(out / "sheet.png", edited.source, output, shown, inversion.prompt, args.prompt)
     run = {
-        "settings": used_settings(args, inversion),
+        **report(request, edited, inversion),
         "device": str(pipe.device),
-        "versions": versions(),
         "inversion": inverted,
-        "edit": edited.cost,
-        **figures(request, edited, inversion, 0),
         "peak_memory_mib": peak_memory_mib(),
-        "losses": output.losses[0],
     }
     (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     files = "edited.png, reconstruction.png, sheet.png, run.json"

@@ -339,6 +339,17 @@ def figures(request: Request, edited: Edited, inversion: Inversion, number: int)
     }
 
 
+def report(request: Request, edited: Edited, inversion: Inversion) -> dict[str, Any]:
+    """What an edit of one target prompt leaves in its run.json: settings, versions, cost, figures and losses."""
+    return {
+        "settings": used_settings(request.args, inversion),
+        "versions": versions(),
+        "edit": edited.cost,
+        **figures(request, edited, inversion, 0),
+        "losses": edited.output.losses[0],
+    }
+
+
 def closeness(
     reconstructed: bool, source, edited, reconstruction, masks, latent_size, mask_dilation
 ) -> dict[str, float | None]:

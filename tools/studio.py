@@ -30,11 +30,8 @@ from .edit import (
     as_rgb,
     edit,
     edit_settings,
-    figures,
     invert,
     prepare,
-    used_settings,
-    versions,
 )
 from .edit import Regions as CommandRegions
 from .options import OPTIONS, complete, mask_key
@@ -339,17 +336,6 @@ def _changed(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def _keywords(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-
-
-def report(request: Request, edited: Edited, inversion: Inversion) -> dict[str, Any]:
-    """What a run leaves: its settings, what it ran on, its cost, figures and losses, as `mde-edit edit` writes them."""
-    return {
-        "settings": used_settings(request.args, inversion),
-        "versions": versions(),
-        "edit": edited.cost,
-        **figures(request, edited, inversion, 0),
-        "losses": edited.output.losses[0],
-    }
 
 
 def write_regions(folder: Path, regions: Regions) -> list[Path]:
