@@ -7,6 +7,7 @@ A mixin of the pipeline classes, which say what their family does otherwise. The
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -294,6 +295,11 @@ class EditsPictures(ReadsPrompts):
                     f" ({factor}x{factor} pixels): pass a larger picture, or `height` and `width`."
                 )
             sizes.append((own if wanted is None else int(wanted)) // factor * factor)
+        most = PIL.Image.MAX_IMAGE_PIXELS or math.inf  # beyond it PIL holds a file for an attack
+        if (height or width) and sizes[0] * sizes[1] > most:
+            raise ValueError(
+                f"`height` and `width` make a picture of {sizes[1]}x{sizes[0]}: use {most} pixels at most."
+            )
         if tuple(sizes) == tuple(pixels.shape[:2]):
             tensor = self.image_processor.preprocess(pixels.movedim(-1, 0)[None])
             # in the memory order that the processor gives PIL pictures: convolutions round by it

@@ -105,6 +105,7 @@ def binarize_mask(soft_mask: torch.Tensor) -> torch.Tensor:
 
 def dilate_mask(mask: torch.Tensor, radius: int) -> torch.Tensor:
     """Grow a binary mask (h, w) by `radius` cells in every direction, diagonals included."""
+    radius = min(radius, max(mask.shape))  # further than to the other side nothing grows, and a window can overflow
     return F.max_pool2d(mask[None, None], 2 * radius + 1, stride=1, padding=radius)[0, 0]
 
 

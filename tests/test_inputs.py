@@ -2,6 +2,7 @@
 `StableDiffusionPipeline`'s contract that scripts rely on."""
 
 import copy
+import inspect
 import json
 import os
 from dataclasses import replace
@@ -152,14 +153,19 @@ class Reached(Exception):
 
 @given(st.sampled_from(NAMES), ANYTHING, st.booleans())
 @settings(
-    max_examples=int(os.environ.get("FUZZ", 150)),
+    max_examples=FUZZ,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_argument_is_used_or_refused_by_name(pipe, inversion, name, value, as_mask):
     """`make fuzz` runs ten thousand."""
-    if as_mask and name.endswith("masks"):
-        value = {"dog": value}
+    value = {"dog": value} if as_mask and name.endswith("masks") else value
+    use_or_refuse(pipe, name, value, prompt=TARGET, inversion=inversion, object_masks={"dog": MASK})
+
+
+def use_or_refuse(call, name, value, **arguments):
+    """A call up to its first pass: it is reached, or the message names the argument."""
+    pipe = getattr(call, "__self__", call)
     before = state_of(pipe)
 
     def reached(*_):
@@ -167,7 +173,7 @@ def test_any_argument_is_used_or_refused_by_name(pipe, inversion, name, value, a
 
     hook = pipe.unet.register_forward_pre_hook(reached)
     try:
-        pipe(**{"prompt": TARGET, "inversion": inversion, "object_masks": {"dog": MASK}, name: value})
+        call(**{**arguments, name: value})
     except (ValueError, TypeError) as error:
         said = str(error)
         known = (name, "`image`", "`inversion`", "does not name a word", "not in the prompt", "prompt")
@@ -178,6 +184,14 @@ def test_any_argument_is_used_or_refused_by_name(pipe, inversion, name, value, a
     finally:
         hook.remove()
     assert state_of(pipe) == before
+
+
+@pytest.mark.parametrize("number", [5e-324, 2**30, 10**9, 1e9, 2**31, 2**63, 1e38, 10**300, float("inf")], ids=str)
+def test_extreme_numbers_are_used_or_refused_by_name(pipe, inversion, number):
+    for name in NAMES:
+        use_or_refuse(pipe, name, number, prompt=TARGET, inversion=inversion, object_masks={"dog": MASK})
+    for name in list(inspect.signature(pipe.invert).parameters)[2:]:
+        use_or_refuse(pipe.invert, name, number, image=PICTURE, prompt=SOURCE)
 
 
 # Inversion files
