@@ -18,7 +18,8 @@ torch.set_num_threads(1)  # models this small only lose by sharing their work
 
 SOURCE = "a cat wearing a straw hat"
 TARGET = "a dog wearing a red hat"
-HEIGHT, WIDTH = 64, 96  # non-square; latents 16 x 24 (the VAE's factor is 4)
+HEIGHT, WIDTH = 64, 128  # non-square
+LATENTS = 8, 16  # the VAE's factor is 8
 
 WORDS = (
     "a an and cat dog tiger wearing straw red blue hat cap ball on grass the big old wooden table polar bear".split()
@@ -96,7 +97,7 @@ def short_edit(pipe, inversion, masks, **settings):
 def components(tokenizer):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16,
+        sample_size=8,
         in_channels=4,
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -110,9 +111,9 @@ def components(tokenizer):
     steepen(unet)
     text_encoder = CLIPTextModel(text_config(tokenizer, hidden_size=16, num_hidden_layers=2))
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from .conftest import SOURCE, TARGET, count_unet_calls, make_pipe, state_of
+from .conftest import HEIGHT, LATENTS, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, state_of
 
 
 EDIT = {"optimization_iterations": 1, "optimization_steps": 0.4, "output_type": "latent"}
@@ -311,7 +311,7 @@ def test_a_callback_has_the_latents_of_all_pictures(pipe, two):
 
     names = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
     rest = {**EDIT, "num_inference_steps": 2, "inversion_method": "direct", "callback_on_step_end": stop, **names}
-    assert not pipe(**two[0], **rest).images.any() and shapes == [[(2, 4, 16, 24), (4, 77, 16)]]
+    assert not pipe(**two[0], **rest).images.any() and shapes == [[(2, 4, *LATENTS), (4, 77, 16)]]
 
 
 @pytest.mark.parametrize(
@@ -323,9 +323,9 @@ def test_a_callback_has_the_latents_of_all_pictures(pipe, two):
         ({"source_prompt": None}, "`image` needs `source_prompt`"),
         ({"image": []}, "`image` holds 0 pictures"),
         ({"image": [PICTURE, 5]}, r"`image\[1\]` is a int"),
-        ({"image": [PICTURE, PICTURE[:20]]}, r"different sizes \(60x40, 60x20, .*pass `height` and `width`"),
-        ({"object_masks": [{"dog": np.ones((64, 96))}]}, r"one dict per prompt \(2\)"),
-        ({"object_masks": [None, {"dog": np.ones((64, 96))}]}, "'dog' is not in the prompt 'a tiger"),
+        ({"image": [PICTURE, PICTURE[:20]]}, r"different sizes \(56x40, 56x16, .*pass `height` and `width`"),
+        ({"object_masks": [{"dog": np.ones((HEIGHT, WIDTH))}]}, r"one dict per prompt \(2\)"),
+        ({"object_masks": [None, {"dog": np.ones((HEIGHT, WIDTH))}]}, "'dog' is not in the prompt 'a tiger"),
         ({"object_masks": [None, {"tiger": "dog"}]}, "names no word of the source prompt"),
         ({"generator": [torch.Generator()]}, r"one per picture \(2\)"),
         ({"negative_prompt": ["a", "b", "c"]}, r"one per prompt \(2\)"),

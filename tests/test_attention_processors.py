@@ -13,7 +13,7 @@ from mde_edit.attention_processors import (
 )
 from mde_edit.prompts import align_tokens
 
-from .conftest import SOURCE, TARGET
+from .conftest import LATENTS, SOURCE, TARGET
 
 
 def run_control(pipe, inversion, control, prompt, batch=1):
@@ -26,7 +26,7 @@ def run_control(pipe, inversion, control, prompt, batch=1):
 
 @pytest.fixture
 def record(pipe, inversion):
-    layers = attention_layers(pipe.unet, (16, 24))
+    layers = attention_layers(pipe.unet, LATENTS)
     cross, own = (frozenset(layer.name for layer in layers if layer.is_cross == c) for c in (True, False))
     record = Record(cross, own)
     run_control(pipe, inversion, record, SOURCE)
@@ -35,15 +35,15 @@ def record(pipe, inversion):
 
 def test_layers_have_the_order_and_sizes_of_a_real_pass(pipe, inversion, record):
     """The record's dictionaries fill in execution order; the static list must name the same layers and pixels."""
-    layers = attention_layers(pipe.unet, (16, 24))
+    layers = attention_layers(pipe.unet, LATENTS)
     assert [layer.name for layer in layers if layer.is_cross] == list(record.cross)
     assert [layer.name for layer in layers if not layer.is_cross] == list(record.self_qk)
     assert all(record.cross[layer.name].shape == (8, layer.pixels, 77) for layer in layers if layer.is_cross)
     odd = Record(frozenset(layer.name for layer in layers if layer.is_cross), frozenset())
     with attention_control(pipe.unet), torch.no_grad():
-        pipe.unet(torch.zeros(1, 4, 15, 23), 1, pipe.embed(SOURCE), cross_attention_kwargs={"control": odd})
+        pipe.unet(torch.zeros(1, 4, 7, 15), 1, pipe.embed(SOURCE), cross_attention_kwargs={"control": odd})
     assert [m.shape[1] for m in odd.cross.values()] == [
-        layer.pixels for layer in attention_layers(pipe.unet, (15, 23)) if layer.is_cross
+        layer.pixels for layer in attention_layers(pipe.unet, (7, 15)) if layer.is_cross
     ]
 
 
@@ -94,10 +94,10 @@ def test_a_pass_ends_where_it_is_told(pipe, inversion, record):
 def test_a_model_without_cross_attention_is_refused(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe.unet), "attn_processors", {"mid_block.attentions.0.to_k.processor": None})
     with pytest.raises(ValueError, match="not of Stable Diffusion"):
-        select_loss_layers(attention_layers(pipe.unet, (16, 24)))
+        select_loss_layers(attention_layers(pipe.unet, LATENTS))
     monkeypatch.setattr(type(pipe.unet), "attn_processors", {})
     with pytest.raises(ValueError, match="has no cross-attention"):
-        select_loss_layers(attention_layers(pipe.unet, (16, 24)))
+        select_loss_layers(attention_layers(pipe.unet, LATENTS))
 
 
 def test_the_loss_level_is_the_coarsest_with_sixteen_cells(pipe):

@@ -66,7 +66,7 @@ def hub(tmp_path_factory, tokenizer):
     hub.add("stabilityai/stable-diffusion-xl-base-1.0", sdxl)
     hub.add("user/mde-edit-xl", files_to_push(ROOT, editor=MDEEditXLPipeline))
     hub.add("CompVis/stable-diffusion-v1-4", ROOT / "emoji_ldm")
-    hub.add("user/mde-edit", clone(tmp_path_factory.mktemp("hub") / "mde_edit"))
+    hub.add("user/mde-edit", files_to_push(ROOT))
     hub.add("user/emoji-ldm-mde", carrier)
     hub.add("user/mde-edit-blocks", files_of_blocks(ROOT))
     with hub.running():

@@ -51,8 +51,7 @@ def pushed(tmp_path_factory):
 
 def test_what_goes_is_one_pipeline(pushed):
     names = {path.name for path in pushed.iterdir()}
-    assert {"README.md", "LICENSE", "pipeline.py", "mde_pipeline_xl.py", "editing.py"} <= names
-    assert not {"mde_pipeline.py", "mde_blocks.py"} & names
+    assert names == {"README.md", "LICENSE", "pipeline.py", "mde_edit_xl.py"}
     assert (
         "SDXL" in (pushed / "README.md").read_text() and "MDEEditPipeline." not in (pushed / "pipeline.py").read_text()
     )
@@ -69,7 +68,7 @@ def test_every_door(models, pushed, expected, tmp_path):
     hub = Hub()
     hub.add("user/xl", models / "xl")
     hub.add("user/mde-edit-xl", pushed)
-    hub.add("user/mde-edit", clone(tmp_path / "clone"))
+    hub.add("user/mde-edit", files_to_push(ROOT))
     script = f"""
 from diffusers import DiffusionPipeline
 def load(name, code, model={str(models / "xl")!r}):
@@ -145,4 +144,4 @@ def test_xl_is_not_for_blocks_or_a_page(capsys):
     assert "--xl goes with the pipeline" in capsys.readouterr().err
     assert cli.main(["push", "user/mde-edit-xl", "--xl", "--dry-run"]) == 0
     listing = capsys.readouterr().out
-    assert "mde_pipeline_xl.py" in listing and "mde_pipeline.py" not in listing
+    assert "mde_edit_xl.py" in listing and "mde_edit.py" not in listing

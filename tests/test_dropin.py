@@ -281,7 +281,7 @@ def test_vae_slicing_and_tiling(own, run):
     own.vae.enable_slicing()
     assert close(run(own)[0], plain)
     own.vae.enable_tiling()
-    own.vae.tile_sample_min_size, own.vae.tile_latent_min_size = 32, 8
+    own.vae.tile_sample_min_size, own.vae.tile_latent_min_size = 32, 4
     tiled = run(own)[0]
     assert tiled.shape == plain.shape and np.isfinite(tiled).all()
 

@@ -19,7 +19,7 @@ from benchmarks.draw import draw_case
 from benchmarks.localization import iou, measure, seen_scene
 from training.scenes import Scene, random_scene
 
-from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, state_of
+from .conftest import HEIGHT, LATENTS, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, state_of
 
 
 def islands(region: np.ndarray) -> list[set]:
@@ -108,22 +108,22 @@ def test_phrases_lie_between_words_that_name_nothing(tokenizer, prompt, phrases)
 
 
 def test_layers_are_those_at_a_half_and_a_quarter(pipe):
-    cross, own = localization_layers(attention_layers(pipe.unet, (16, 24)), (16, 24))
-    assert {layer.size for layer in cross} == {(8, 12), (4, 6)} and all(layer.is_cross for layer in cross)
-    assert {layer.size for layer in own} == {(8, 12)} and not any(layer.is_cross for layer in own)
-    odd, _ = localization_layers(attention_layers(pipe.unet, (15, 23)), (15, 23))
-    assert {layer.size for layer in odd} == {(8, 12), (4, 6)}
-    finest = [layer for layer in attention_layers(pipe.unet, (16, 24)) if layer.size == (16, 24)]
-    cross, own = localization_layers(finest, (16, 24))  # a U-Net that attends nowhere else
-    assert cross and own and {layer.size for layer in (*cross, *own)} == {(16, 24)}
+    cross, own = localization_layers(attention_layers(pipe.unet, LATENTS), LATENTS)
+    assert {layer.size for layer in cross} == {(4, 8), (2, 4)} and all(layer.is_cross for layer in cross)
+    assert {layer.size for layer in own} == {(4, 8)} and not any(layer.is_cross for layer in own)
+    odd, _ = localization_layers(attention_layers(pipe.unet, (7, 15)), (7, 15))
+    assert {layer.size for layer in odd} == {(4, 8), (2, 4)}
+    finest = [layer for layer in attention_layers(pipe.unet, LATENTS) if layer.size == LATENTS]
+    cross, own = localization_layers(finest, LATENTS)  # a U-Net that attends nowhere else
+    assert cross and own and {layer.size for layer in (*cross, *own)} == {LATENTS}
 
 
 def test_attention_is_averaged_as_probabilities(pipe, inversion):
     with attention_control(pipe.unet):
         cross, own = source_attention(pipe.unet, pipe.ddim_scheduler(5), inversion, pipe.condition(SOURCE))
-    assert cross.shape == (77, 8, 12) and own.shape == (96, 96)
-    assert torch.allclose(cross.sum(0), torch.ones(8, 12), atol=1e-5)
-    assert torch.allclose(own.sum(1), torch.ones(96), atol=1e-5)
+    assert cross.shape == (77, 4, 8) and own.shape == (32, 32)
+    assert torch.allclose(cross.sum(0), torch.ones(4, 8), atol=1e-5)
+    assert torch.allclose(own.sum(1), torch.ones(32), atol=1e-5)
 
 
 def test_a_generated_mask(pipe, inversion):

@@ -28,7 +28,7 @@ from mde_edit.prompts import align_tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .conftest import HEIGHT, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, short_edit
+from .conftest import HEIGHT, LATENTS, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, short_edit
 from .oracle import naive_edit
 from .test_denoise import DOG, RED, SETTINGS
 from .tiny_xl import BETAS, POOLED, make_components, make_xl
@@ -157,7 +157,7 @@ def test_direct_reconstruction_is_the_vae_round_trip(pipe, inversion, image):
 
 def test_outside_the_masks_the_latents_are_the_sources(edit, inversion, masks):
     out = edit(mask_dilation=1)
-    outside = sum(resize_mask(torch.from_numpy(m) > 0, (16, 24)) for m in masks).gt(0).float()
+    outside = sum(resize_mask(torch.from_numpy(m) > 0, LATENTS) for m in masks).gt(0).float()
     outside = ~dilate_mask(outside, 1).bool()
     assert torch.equal(out.images[0][:, outside], inversion.latents[-1][:, outside])
 
@@ -179,7 +179,7 @@ def test_several_prompts_and_pictures_are_edits_alone(pipe, edit, image, masks):
 def test_the_losses_read_and_the_passes_leave_at_the_level_of_the_rule(parts, edit, pipe):
     unet = parts["unet"]
     assert {layer.size for layer in select_loss_layers(attention_layers(unet, (128, 128)))} == {(32, 32)}
-    assert {layer.size for layer in select_loss_layers(attention_layers(unet, (16, 24)))} == {(8, 12)}
+    assert {layer.size for layer in select_loss_layers(attention_layers(unet, LATENTS))} == {(4, 8)}
     with count_unet_calls(unet) as calls:
         edit(attention_resolution=4)
     assert calls["batch 1"] == 2 + 1 and calls["complete"] == 2 + STEPS
@@ -588,7 +588,7 @@ def test_callbacks_have_what_sdxl_gives_them(pipe, edit):
         return {"add_text_embeds": tensors["add_text_embeds"] * 1.5} if i == 1 else None
 
     changed = edit([TARGET] * 2, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=names).images
-    assert shapes == [[(2, 4, 16, 24), (4, 77, 40), (4, POOLED), (4, 6)]] * STEPS
+    assert shapes == [[(2, 4, *LATENTS), (4, 77, 40), (4, POOLED), (4, 6)]] * STEPS
     plain = edit().images
     assert not torch.allclose(changed[:1], plain, atol=1e-4)
     with count_unet_calls(pipe.unet) as calls:

@@ -125,7 +125,7 @@ def test_strength_is_the_share_of_the_steps_that_run(name, setting, calls, pipe,
 def test_sdedit_with_little_noise_is_the_round_trip(pipe, case, sure_encoder):
     images = [METHODS["sdedit"](pipe, case, 50, 0, strength=strength) for strength in (0.02, 0.5)]
     near, far = (difference(image, roundtrip(pipe, case, 50, 0)).mean() for image in images)
-    assert near < 0.05 and near < far
+    assert near < 0.1 and 2 * near < far, (near, far)
 
 
 @pytest.mark.parametrize(

@@ -161,12 +161,12 @@ def test_a_mask_is_compared_with_its_picture_not_with_rounded_latents(pipe, imag
         assert torch.isfinite(pipe(TARGET, square, object_masks={"dog": mask}, **edit).images).all()
     with pytest.raises(ValueError, match="transposed"):
         pipe(TARGET, square, object_masks={"dog": masks[0].T}, **edit)
-    flat = np.tile(image[:7], (1, 2, 1))  # 192x7: one row of latents, 27:1 against 48:1
+    flat = np.tile(image[:12], (1, 2, 1))  # 256x12: one row of latents, 21:1 against 32:1
     inverted = pipe.invert(flat, SOURCE, 1, method="direct")
-    assert inverted.image_size == (7, 192) and inverted.latents.shape[-2:] == (1, 48)
-    pipe(TARGET, inverted, object_masks={"dog": np.ones((7, 192), bool)}, **edit)
+    assert inverted.image_size == (12, 256) and inverted.latents.shape[-2:] == (1, 32)
+    pipe(TARGET, inverted, object_masks={"dog": np.ones((12, 256), bool)}, **edit)
     once = {"image": flat, "source_prompt": SOURCE, "num_inference_steps": 1, "inversion_method": "direct"}
-    pipe(TARGET, **once, object_masks={"dog": np.ones((7, 192), bool)}, **edit)
+    pipe(TARGET, **once, object_masks={"dog": np.ones((12, 256), bool)}, **edit)
 
 
 def test_the_pictures_size_is_saved_and_older_files_load_without_it(inversion, tmp_path):

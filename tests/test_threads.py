@@ -43,7 +43,7 @@ def test_two_threads_give_what_one_gives(own, image, masks, pairing):
 
     def repeat(name, delay):
         try:
-            for _ in range(int(os.environ.get("ROUNDS", 5))):  # `make test-slow` makes fifteen
+            for _ in range(int(os.environ.get("ROUNDS", 3))):  # `make test-slow` makes fifteen
                 threading.Event().wait(delay)
                 if not torch.equal(work[name](), expected[name]):
                     wrong.append(name)

@@ -36,9 +36,9 @@ def make_components(tokenizer) -> dict:
     unet = make_unet()
     steepen(unet)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
         layers_per_block=1,
         norm_num_groups=4,
         scaling_factor=0.13025,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from ..bundle import imported_modules, self_contained_source
+from ..bundle import self_contained_source
 from ..mde_pipeline import MDEEditPipeline
 
 
@@ -20,9 +20,12 @@ CARDS = {"MDEEditPipeline": "model_card.md", "MDEEditXLPipeline": "model_card_xl
 def files_to_push(root: Path, model: Path | None = None, editor: type = MDEEditPipeline) -> dict[str, bytes]:
     """The repository's content, {path: bytes}, such that `custom_pipeline="user/name"` finds the code.
 
+    The pipeline goes in one file beside its entry: diffusers asks the Hub for a module once per way in which the others
+    lead to it, which for ours as they are is 900 requests at every load.
+
     Args:
         root: a clone of this repository. One of its `CARDS` becomes the repository's `README.md`.
-        model: folder of a saved pipeline. It goes to the root of the repository with the pipeline in one file, so that
+        model: folder of a saved pipeline. It goes to the root of the repository, so that
             `from_pretrained("user/name", trust_remote_code=True)` loads both.
         editor: the class of pipeline, of which diffusers wants one per repository.
 
@@ -30,8 +33,8 @@ def files_to_push(root: Path, model: Path | None = None, editor: type = MDEEditP
         ValueError: `root` or `model` lacks a file that has to go, or `model` is of another family than `editor`.
     """
     entry, code = root / "pipeline.py", root / editor.source_file.name
-    sources = {module.name: module for module in (imported_modules(code) if code.is_file() else [code])}
-    sources |= {entry.name: entry, "LICENSE": root / "LICENSE", "README.md": root / CARDS[editor.__name__]}
+    sources = {entry.name: entry, "LICENSE": root / "LICENSE", "README.md": root / CARDS[editor.__name__]}
+    sources[f"{editor.module_name}.py"] = code
     if model is not None:
         sources["model_index.json"] = model / "model_index.json"
         for path in sorted(p for p in model.glob("*/*") if p.is_file()):
@@ -40,9 +43,8 @@ def files_to_push(root: Path, model: Path | None = None, editor: type = MDEEditP
     if missing:
         raise ValueError(f"{', '.join(missing)} not found: push from a clone of the repository, and a saved pipeline.")
     files = {name: path.read_bytes() for name, path in sources.items()}
-    # the entry imports the one pipeline of this repository
-    own = re.sub(r"\bMDEEditPipeline\b", editor.__name__, entry.read_text(encoding="utf-8"))
-    files[entry.name] = re.sub(r"\bmde_pipeline\b", code.stem, own).encode()
+    files[f"{editor.module_name}.py"] = self_contained_source(code).encode()
+    files[entry.name] = _entry_of_one_file(entry.read_text(encoding="utf-8"), editor).encode()
     if model is not None:
         index = json.loads(files["model_index.json"])
         try:
@@ -52,8 +54,15 @@ def files_to_push(root: Path, model: Path | None = None, editor: type = MDEEditP
             raise ValueError(f"`with_model` '{model}': {error} Push it {flag} --xl.") from error
         index["_class_name"] = editor._index_name()
         files["model_index.json"] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-        files[f"{editor.module_name}.py"] = self_contained_source(code).encode()
     return dict(sorted(files.items()))
+
+
+def _entry_of_one_file(entry: str, editor: type) -> str:
+    """`pipeline.py` for a folder in which all that it imports is in `editor`'s one file."""
+    entry = re.sub(r"\bMDEEditPipeline\b", editor.__name__, entry).replace('"mde_pipeline"', f'"{editor.module_name}"')
+    own = f"from .{editor.module_name} import {editor.__name__}, Inversion, MDEEditPipelineOutput  # noqa: E402\n"
+    before, *_, after = re.split(r"^(?:from \..*\n)+", entry, flags=re.MULTILINE)
+    return before + own + after
 
 
 def files_of_blocks(root: Path) -> dict[str, bytes]:
