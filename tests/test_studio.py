@@ -109,8 +109,9 @@ def test_an_edit_tells_how_far_it_is_and_equals_the_pipelines(studio, picture, r
     inversion, _ = studio.invert(picture, SOURCE, QUICK)
     request = studio.request(picture, SOURCE, TARGET, regions, QUICK)
     *told, edited = studio.edit(request, inversion, studio.check(request), previews=3)
-    assert [(p.step, p.steps) for p in told] == [(1, 4), (2, 4), (3, 4)]
-    assert all(isinstance(p, Progress) and p.preview.size == picture.size for p in told)
+    assert [(p.step, p.steps) for p in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(isinstance(p, Progress) for p in told) and told.pop().preview is None
+    assert all(p.preview.size == picture.size for p in told)
     masks = {"object_masks": {"dog": regions[OBJECT, "dog"]}, "attribute_masks": {"red": regions[ATTRIBUTE, "red"]}}
     settings = {name: QUICK[name] for name in SETTING_NAMES}
     again = studio.pipe(TARGET, inversion=inversion, guidance_scale=QUICK["guidance_scale"], **masks, **settings)

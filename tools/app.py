@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,7 @@ class Session:
     slots: list[Word | None] = field(default_factory=lambda: [None] * SLOTS)
     drawn: dict[Word, np.ndarray] = field(default_factory=dict)  # (height, width) bool of any size
     folder: Path | None = None
+    stopping: bool | None = None  # whether the edit at work shall end; None without one
 
     def show(self, words: list[Word]) -> list[int]:
         """Give every word a slot, those that had one theirs; the slots that changed.
@@ -86,6 +87,15 @@ class Session:
         changed = [i for i, (new, old) in enumerate(zip(slots, self.slots)) if new != old]
         self.slots = slots
         return changed
+
+    @contextmanager
+    def at_work(self):
+        """An edit is made inside, which `stopping` can end."""
+        self.stopping = False
+        try:
+            yield
+        finally:
+            self.stopping = None
 
     def close(self) -> None:
         if self.folder is not None:
@@ -382,14 +392,15 @@ class Page:
             if self.studio.segmenter is not None:
                 slot.click.select(self.on_click(i), self.session, [slot.editor, slot.refusal], **computing)
         results = [self.edit_status, self.result, self.maps, self.losses, self.python, self.command, self.files]
-        running = self.run.click(
+        self.run.click(
             self.on_edit,
             [self.session, self.image, *words, *settings, *editors],
             [self.session, self.source_status, self.reconstruction, *results],
             show_progress_on=self.edit_status,  # not over the previews
             **computing,
         )
-        self.stop.click(lambda: "Stopped.", None, self.edit_status, cancels=[running], **private)
+        # Not by gradio's `cancels`: after one the page swallows the next click on what was cancelled.
+        self.stop.click(self.on_stop, self.session, self.edit_status, **private)
 
     @contextmanager
     def telling(self, status: gr.Markdown, updates: dict):
@@ -586,7 +597,7 @@ class Page:
         """Check, invert if that is still to do, edit; a generator of updates."""
         values, editors = rest[: len(SHOWN)], rest[len(SHOWN) :]
         updates: dict = {}
-        with self.telling(self.edit_status, updates):
+        with self.telling(self.edit_status, updates), session.at_work():
             self.keep(session, editors)
             if session.picture is None:
                 session.picture = self.studio.fit(image)
@@ -599,17 +610,31 @@ class Page:
             yield {self.edit_status: "Inverting the picture ..."}
             yield self.inverted(session, image, source_prompt, settings)
             start = time.perf_counter()
-            for message in self.studio.edit(request, session.inversion, masks):
-                if isinstance(message, Progress):
-                    yield {
-                        self.edit_status: f"Step {message.step} of {message.steps} ...",
-                        self.result: side_by_side(session.picture, message.preview),
-                    }
-                else:
-                    seconds = time.perf_counter() - start
-                    updates = self.show_result(session, request, regions, message, seconds)
+            with closing(self.studio.edit(request, session.inversion, masks)) as messages:
+                for message in messages if not session.stopping else ():
+                    if isinstance(message, Edited):
+                        seconds = time.perf_counter() - start
+                        updates = self.show_result(session, request, regions, message, seconds)
+                    elif session.stopping:
+                        break
+                    else:
+                        yield self.show_progress(session, message)
+            updates = updates or {self.edit_status: "Stopped."}
         updates.setdefault(self.session, session)
         yield updates
+
+    def show_progress(self, session: Session, progress: Progress) -> dict:
+        shown = {self.edit_status: f"Step {progress.step} of {progress.steps} ..."}
+        if progress.preview is not None:
+            shown[self.result] = side_by_side(session.picture, progress.preview)
+        return shown
+
+    def on_stop(self, session: Session):
+        """The edit at work sees it before its next step, or after its inversion."""
+        if session.stopping is None:
+            return gr.skip()
+        session.stopping = True
+        return "Stopping ..."
 
     def show_result(self, session: Session, request: Request, regions: Regions, outcome: Edited, seconds) -> dict:
         output = outcome.output

@@ -48,11 +48,11 @@ Regions = dict[tuple[str, str], np.ndarray | str]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an edit is, and what it looks like there."""
+    """How far an edit is, and now and then what it looks like there."""
 
     step: int
     steps: int
-    preview: PIL.Image.Image
+    preview: PIL.Image.Image | None
 
 
 class Stopped(Exception):
@@ -210,8 +210,8 @@ class Studio:
     def _edit(
         self, request: Request, inversion: Inversion, masks: list[list[dict]], previews: int = 4
     ) -> Iterator[Progress | Edited]:
-        """An edit that tells how far it is, `previews` times on its way; its outcome comes last. An edit that is no
-        longer iterated over ends at its next step. masks: what `check` gave."""
+        """An edit that tells after each step how far it is, `previews` times with a picture; its outcome comes last.
+        Closed, it ends at its next step. masks: what `check` gave."""
         told: queue.SimpleQueue = queue.SimpleQueue()
         steps, stop = inversion.num_inference_steps, threading.Event()
         every = max(steps // (previews + 1), 1)
@@ -219,8 +219,9 @@ class Studio:
         def callback(pipe, i, t, tensors):
             if stop.is_set():
                 raise Stopped
-            if (i + 1) % every == 0 and i + 1 < steps:
-                told.put(Progress(i + 1, steps, pipe.decode(tensors["latents"][:1], "pil")[0][0]))
+            shown = (i + 1) % every == 0 and i + 1 < steps
+            preview = pipe.decode(tensors["latents"][:1], "pil")[0][0] if shown else None
+            told.put(Progress(i + 1, steps, preview))
             return tensors
 
         def work():
