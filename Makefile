@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= demo_out
 
 .PHONY: demo app examples gallery train model-report bench-quick bench bench-tune bench-tradeoff bench-engine test \
-	test-app test-slow test-matrix diffusers-suite fuzz lint bundle blocks hub space clean
+	test-app browser test-slow test-matrix diffusers-suite fuzz lint bundle blocks hub space clean
 
 demo: $(VENV)/demo
 	$(BIN)/mde-edit edit --config examples/cat_straw_hat/edit.json --out $(OUT)/null_text
@@ -72,12 +72,15 @@ bench-engine: $(VENV)/bench
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The page's tests, in the browser that is there, or Debian's Chromium.
+# The page's tests, in a browser.
+test-app: $(VENV)/test-app browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m app tests/test_app.py
+
+# The one that is there, or Debian's Chromium.
 ROOTLY = $(if $(filter-out 0,$(shell id -u)),sudo)
-test-app: $(VENV)/test-app
+browser:
 	command -v chromium google-chrome > /dev/null || $(ROOTLY) apt-get install -qy chromium > /dev/null || \
 		{ $(ROOTLY) apt-get update && $(ROOTLY) apt-get install -qy chromium > /dev/null; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m app tests/test_app.py
 
 test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -m slow

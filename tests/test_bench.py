@@ -309,6 +309,10 @@ def tiny_cases(tmp_path_factory):
     return folder
 
 
+ONCE = "mde:optimization_iterations=1"
+ONCE_FOLDER = ONCE.replace(":", "__")
+
+
 def arguments(cases, out, *more):
     return ["--cases", str(cases), "--out", str(out), "--judge", "", "--steps", "4", *more]
 
@@ -323,8 +327,10 @@ def test_masks_may_be_found_by_the_source_words(tiny, tiny_cases, tmp_path):
     assert not np.array_equal(found.regions[0].mask, case.regions[0].mask)
     twins = replace(case, regions=tuple(replace(region, source="a") for region in case.regions))
     assert with_found_masks(tiny, twins, inversion).regions[0].mask is case.regions[0].mask
-    run.main(arguments(tiny_cases, tmp_path, "--methods", "mde", "mde:masks=found"))
-    drawn, found = ((tmp_path / label / "case0.png").read_bytes() for label in ("mde", "mde__masks=found"))
+    run.main(arguments(tiny_cases, tmp_path, "--methods", ONCE, f"{ONCE},masks=found"))
+    drawn, found = (
+        (tmp_path / label / "case0.png").read_bytes() for label in (ONCE_FOLDER, f"{ONCE_FOLDER}_masks=found")
+    )
     assert drawn != found
 
 
@@ -476,14 +482,14 @@ def test_the_ideal_is_left_out_where_there_is_none(tiny, tiny_cases, tmp_path):
 def test_the_curve_has_a_point_per_softness(tiny, tiny_cases, tmp_path, capsys):
     folders = [tmp_path / "sharp", tmp_path / "soft"]
     for folder, factor in zip(folders, ("1", "0.5")):
-        run.main(arguments(tiny_cases, folder, "--methods", "none", "both", "--soften", factor))
+        run.main(arguments(tiny_cases, folder, "--methods", "none", ONCE, "--soften", factor))
     command = ["--cases", str(tiny_cases), "--steps", "3", "--out", str(tmp_path), "--results"]
     softness.main([*command, *map(str, folders)])
     *_, sharp, soft = (tmp_path / "softness.md").read_text().splitlines()
-    assert [row.split(" | ")[0] for row in (sharp, soft)] == ["| 1", "| 0.5"] and " | both | " in sharp
+    assert [row.split(" | ")[0] for row in (sharp, soft)] == ["| 1", "| 0.5"] and f" | {ONCE_FOLDER} | " in sharp
     assert Image.open(tmp_path / "softness.png").width > 0
     for path in (folders[1] / "none").glob("*"):
-        path.replace(folders[0] / "both" / f"soft_{path.name}")
+        path.replace(folders[0] / ONCE_FOLDER / f"soft_{path.name}")
     with pytest.raises(ValueError, match="sharp holds results of 2 models and softnesses"):
         softness.main([*command, str(folders[0])])
 

@@ -76,7 +76,8 @@ def hub(tmp_path_factory, tokenizer):
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     for entry in ("examples", "emoji_ldm"):
         (tmp_path / entry).symlink_to(ROOT / entry)
-    cells = notebook_cells((ROOT / "examples" / "mde_edit.ipynb").read_text(encoding="utf-8"))
+    text = (ROOT / "examples" / "mde_edit.ipynb").read_text(encoding="utf-8")
+    cells = notebook_cells(text.replace("num_inference_steps=10", "num_inference_steps=4"))
     assert len(cells) > 8 and "pip install" not in "".join(cells)
     check = "assert (np.asarray(edited.images[0]) != np.asarray(image)).any() and len(more.images) == 2"
     run_script("\n".join([*cells, check]), tmp_path / "home", tmp_path)
