@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from huggingface_hub import HfApi, ModelCard, RepoCard
+from huggingface_hub import ModelCard, RepoCard
 from mde_edit import MDEEditPipeline
 from mde_edit.tools import publish
 from mde_edit.tools.cli import main
@@ -67,9 +67,10 @@ print("code", short_edit(pipe))
 
 
 def test_a_space_goes_with_all_that_it_runs_on(monkeypatch, capsys):
-    hub, endpoint = Hub(), HfApi
+    hub = Hub()
     with hub.running():
-        monkeypatch.setattr(publish, "HfApi", lambda: endpoint(hub.url, token="hf_none"))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
         assert main(["push", "user/page", "--space", "--dry-run"]) == 0
         assert not hub.requests and "would go to user/page" in capsys.readouterr().out
         assert main(["push", "user/page", "--space", "--message", "Page"]) == 0
