@@ -52,6 +52,11 @@ class Hub:
             server.server_close()
             thread.join()
 
+    def stand_in(self, monkeypatch):
+        """While it runs, the Hub of this process, which is signed in."""
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", self.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

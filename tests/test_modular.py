@@ -278,7 +278,7 @@ def test_the_blocks_folder_loads_and_edits_as_the_package(model, asked, expected
     assert config["auto_map"] == {"ModularPipelineBlocks": "mde_blocks.MDEEditBlocks"}
     assert not any(module.name == "mde_blocks.py" for module in imported_modules(ROOT / "pipeline.py"))
 
-    hub, endpoint = Hub(), publish.HfApi
+    hub = Hub()
     hub.add("user/sd", model)
     np.savez(tmp_path / "asked.npz", image=asked["image"], mask=masks[1])
     script = f"""
@@ -303,7 +303,7 @@ images = pipe(
 np.save("images.npy", images)
 """
     with hub.running():
-        monkeypatch.setattr(publish, "HfApi", lambda: endpoint(hub.url, token="hf_none"))
+        hub.stand_in(monkeypatch)
         assert main(["push", "user/mde-edit-blocks", "--blocks", "--dry-run"]) == 0
         assert not hub.requests and "4 files" in capsys.readouterr().out
         assert main(["push", "user/mde-edit-blocks", "--blocks"]) == 0

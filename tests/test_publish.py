@@ -69,8 +69,7 @@ print("code", short_edit(pipe))
 def test_a_space_goes_with_all_that_it_runs_on(monkeypatch, capsys):
     hub = Hub()
     with hub.running():
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_TOKEN", "hf_none")
+        hub.stand_in(monkeypatch)
         assert main(["push", "user/page", "--space", "--dry-run"]) == 0
         assert not hub.requests and "would go to user/page" in capsys.readouterr().out
         assert main(["push", "user/page", "--space", "--message", "Page"]) == 0
