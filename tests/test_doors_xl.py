@@ -124,7 +124,11 @@ def test_the_commands_name_the_class_before_anything_is_loaded(models, nothing_i
 
 
 def test_blocks_name_the_class(models, image):
-    modular = pytest.importorskip("mde_edit.mde_blocks").MDEEditBlocks().init_pipeline(str(models / "xl"))
+    modular = (
+        pytest.importorskip("mde_edit.mde_blocks", exc_type=ImportError)
+        .MDEEditBlocks()
+        .init_pipeline(str(models / "xl"))
+    )
     modular.load_components()
     with pytest.raises(ValueError, match="use MDEEditXLPipeline"):
         modular(image=image, source_prompt="a cat", prompt="a dog")
