@@ -90,7 +90,7 @@ except ValueError as error:
     with hub.running():
         printed, _ = run_script(script, tmp_path / "home", tmp_path, hub)
     assert "use MDEEditXLPipeline" in printed.pop("refused")
-    assert printed.pop("module") == "mde_pipeline_xl"
+    assert printed.pop("module") == "mde_edit_xl"
     assert printed == {
         **dict.fromkeys(("file", "folder", "bundle", "hub", "saved"), expected["xl"]),
         **dict.fromkeys(("other", "other_again"), expected["sd"]),
