@@ -365,6 +365,13 @@ def lora_strength(model, scale: float):
             layer.scaling.update(strength)
 
 
+def compute_dtype(unet) -> torch.dtype:
+    """`unet.dtype`, without its walk over all modules (as long as a tenth of a small model's pass) unless the weights
+    are stored in another dtype than they compute in."""
+    first = next((p.dtype for p in unet.parameters() if p.is_floating_point()), torch.int8)
+    return first if first.itemsize > 1 else unet.dtype
+
+
 def predict(
     unet,
     latents: torch.Tensor,
@@ -387,8 +394,7 @@ def predict(
     # Weights stored in fp8 are in the compute dtype only while their layer runs, not when the backward pass needs them.
     small = torch.is_grad_enabled() and any(p.is_floating_point() and p.itemsize == 1 for p in unet.parameters())
     saving = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack) if small else nullcontext()
-    first = next((p.dtype for p in unet.parameters() if p.is_floating_point()), torch.int8)
-    dtype = first if first.itemsize > 1 else unet.dtype  # which walks over all modules, as long as a tenth of a pass
+    dtype = compute_dtype(unet)
     with saving, lora_strength(unet, lora_scale):
         return unet(
             latents.to(dtype),

@@ -16,6 +16,7 @@ from .attention_processors import (
     Inject,
     Record,
     align_maps,
+    compute_dtype,
     gradient,
     own_maps,
     predict,
@@ -321,7 +322,7 @@ def guide_latents(
     Raises:
         FloatingPointError: loss or gradient left the finite numbers.
     """
-    settings, dtype = run.settings, run.unet.dtype
+    settings, dtype = run.settings, compute_dtype(run.unet)
     sigma = noise_level(run.scheduler, t)
     count = edit.mask.sum() * latents.shape[1]  # of values in M
     told, first_maps = [], None

@@ -16,7 +16,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .attention_processors import Record, gradient, predict
+from .attention_processors import Record, compute_dtype, gradient, predict
 from .checks import check_setting, check_text
 from .conditioning import Conditioning
 
@@ -120,7 +120,7 @@ def optimize_null_embeds(
         latents (steps + 1, channels, h, w) that guided sampling visits, null embeddings (steps, tokens, dim) fp32, and
         how many inner updates each step took.
     """
-    num_steps = len(scheduler.timesteps)
+    num_steps, dtype = len(scheduler.timesteps), compute_dtype(unet)
     latents, null = trajectory[:1], empty.embeds.float()
     visited, nulls, inner_steps = [latents], [], []
 
@@ -146,7 +146,7 @@ def optimize_null_embeds(
                     f"The null-text optimization diverged at step {i} (loss {loss.item()}). Load the U-Net in float32"
                     " or bfloat16, lower `guidance_scale`, or use method='direct', which optimizes nothing."
                 )
-            null.grad = gradient(loss, null, unet.dtype)
+            null.grad = gradient(loss, null, dtype)
             optimizer.step()
             count += 1
             if loss.item() < early_stop_epsilon * (1 + 100 * i / num_steps):

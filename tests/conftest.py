@@ -69,6 +69,20 @@ def text_config(tokenizer, **sizes) -> CLIPTextConfig:
     )
 
 
+def make_vae(**config) -> AutoencoderKL:
+    """A small one of Stable Diffusion's factor, with random weights."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=64,
+        **config,
+    )
+    return vae.eval()
+
+
 @torch.no_grad()
 def steepen(unet) -> None:
     """Random projections give flat maps, on which injection would be invisible."""
@@ -110,17 +124,8 @@ def components(tokenizer):
     )
     steepen(unet)
     text_encoder = CLIPTextModel(text_config(tokenizer, hidden_size=16, num_hidden_layers=2))
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=1.0,
-        sample_size=64,
-    )
-    return {"unet": unet.eval(), "text_encoder": text_encoder.eval(), "vae": vae.eval(), "tokenizer": tokenizer}
+    vae = make_vae(scaling_factor=1.0)
+    return {"unet": unet.eval(), "text_encoder": text_encoder.eval(), "vae": vae, "tokenizer": tokenizer}
 
 
 def make_pipe(components, **scheduler):

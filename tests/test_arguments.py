@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from .conftest import HEIGHT, LATENTS, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, state_of
+from .conftest import HEIGHT, LATENTS, SOURCE, TARGET, WIDTH, count_unet_calls, make_pipe, state_of, steepen
 
 
 EDIT = {"optimization_iterations": 1, "optimization_steps": 0.4, "output_type": "latent"}
@@ -39,9 +39,7 @@ def components(components):
         attention_head_dim=4,
         norm_num_groups=4,
     )
-    for name, parameter in unet.named_parameters():
-        if ".to_q." in name or ".to_k." in name:
-            parameter.data.mul_(3)
+    steepen(unet)
     return {**components, "unet": unet.eval()}
 
 

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import tomesd
 import torch
+import transformers
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -71,7 +72,8 @@ def test_lora_on_the_unet_and_the_text_encoder(own, run, image):
     before = state_of(own)
     assert not close(run(own)[0], with_unet) and state_of(own) == before
     same, reconstruction = run(own, SOURCE, object_masks=None, attribute_masks=None, method="null_text")
-    assert close(same, reconstruction, 1e-2)  # the optimized embeddings enlarge what is rounded
+    # with transformers 4 the optimized embeddings enlarge what is rounded
+    assert close(same, reconstruction, 2e-3 if int(transformers.__version__.split(".")[0]) > 4 else 1e-2)
     own.unet.disable_adapters()
     own.text_encoder.disable_adapters()
     assert close(run(own)[0], plain)
@@ -90,7 +92,7 @@ def test_textual_inversion_tokens_are_words(own, run, image, masks, vectors):
     assert not close(edited, run(own, "a dog wearing a red hat", object_masks={"dog": masks[0]})[0], 1e-4)
     # as a word of the source too: what follows it keeps its place, so that the same prompt is the same picture
     same, reconstruction = run(own, prompt, prompt, object_masks=None, attribute_masks=None, method="null_text")
-    assert close(same, reconstruction, 1e-2)  # the optimized embeddings enlarge what is rounded
+    assert close(same, reconstruction)
 
 
 def test_a_loaded_ip_adapter_is_refused_until_it_is_unloaded(own, image, inversion):
@@ -397,7 +399,7 @@ def test_stable_diffusion_2(components, run):
     unet = UNet2DConditionModel.from_config({**config, "upcast_attention": True}).eval()
     pipe = make_pipe({**components, "unet": unet}, prediction_type="v_prediction")
     same, reconstruction = run(pipe, SOURCE, object_masks=None, attribute_masks=None, method="null_text")
-    assert close(same, reconstruction, 1e-2)  # the optimized embeddings enlarge what is rounded
+    assert close(same, reconstruction)
     assert not close(run(pipe)[0], reconstruction)
 
 

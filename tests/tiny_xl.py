@@ -2,10 +2,10 @@
 without attention, which is told pooled text and sizes."""
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .conftest import steepen, text_config
+from .conftest import make_vae, steepen, text_config
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -35,22 +35,13 @@ def make_components(tokenizer) -> dict:
     torch.manual_seed(0)
     unet = make_unet()
     steepen(unet)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=0.13025,
-        force_upcast=True,
-        sample_size=64,
-    )
+    vae = make_vae(scaling_factor=0.13025, force_upcast=True)
     first, second = (
         text_config(tokenizer, hidden_size=width, projection_dim=POOLED, num_hidden_layers=3) for width in WIDTHS
     )
     return {
         "unet": unet.eval(),
-        "vae": vae.eval(),
+        "vae": vae,
         "text_encoder": CLIPTextModel(first).eval(),
         "text_encoder_2": CLIPTextModelWithProjection(second).eval(),
         "tokenizer": tokenizer,
