@@ -64,7 +64,7 @@ bench-tradeoff: $(VENV)/bench
 	$(BIN)/python -m benchmarks.draw --set dev --out bench_out/dev/cases
 	$(SPREAD) -m benchmarks.tradeoff --cases bench_out/dev/cases --out bench_out/tradeoff $(if $(LIMIT),--limit $(LIMIT))
 
-# What an edit costs at Stable Diffusion 1.4's size, with random weights: [DTYPE=bfloat16] on a GPU.
+# What an edit costs at Stable Diffusion 1.4's size, with random weights: [DTYPE="float32 bfloat16"] on a GPU.
 bench-engine: $(VENV)/bench
 	$(BIN)/python -m benchmarks.engine --out bench_out/engine.md $(if $(DTYPE),--dtype $(DTYPE))
 

@@ -212,7 +212,8 @@ class MDEAttnProcessor:
         Raises [`UNetExit`] where the control says so."""
         query, key, value = (split_heads(f) for f in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
         # Eq. 2 in fp32, for the row that is recorded or injected only.
-        scores = query[-1].float() @ key[-1].float().transpose(-1, -2) * attn.scale
+        # Scaled keys are few numbers, scaled scores many, and their gradients as many again.
+        scores = query[-1].float() @ (key[-1].float() * attn.scale).transpose(-1, -2)
         probs = scores.softmax(dim=-1)  # (heads, pixels, tokens), sums to 1 over tokens
         if isinstance(control, Record):
             control.cross[self.name] = probs
@@ -224,7 +225,7 @@ class MDEAttnProcessor:
             if self.name in control.cross:
                 if self.name in control.weights:
                     probs = probs * control.weights[self.name]
-                probs = control.cross[self.name] + probs * ~control.shared  # Eq. 3
+                probs = torch.where(control.shared, control.cross[self.name], probs)  # Eq. 3
         out = (probs.to(value.dtype) @ value[-1])[None]
         if len(value) > 1:
             others = F.scaled_dot_product_attention(query[:-1], key[:-1], value[:-1], scale=attn.scale)
@@ -269,8 +270,8 @@ def attention_control(unet):
     """The one place that touches the U-Net: freezes its weights and lets each call bring its own control.
 
     Processors and every parameter's `requires_grad` are put back on any exit, also after an exception. One thread at a
-    time; inside, the same thread may enter again, and is told so (`True`). A compiled U-Net runs uncompiled: controls
-    change from call to call, and a pass may leave in the middle.
+    time; inside, the same thread may enter again, and is told so (`True`). Where attention layers are compiled, nothing
+    runs compiled: controls change from call to call, and a pass may leave in the middle.
     """
     control = _Control(unet)
     with control:  # twice: where Ctrl-C cuts the inner one's leaving short, the outer one leaves in full
@@ -316,7 +317,7 @@ class _Control:
         self.unet.requires_grad_(False)
         self.unet.set_attn_processor({name: MDEAttnProcessor(name, p) for name, p in processors.items()})
         set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-        if set_stance is not None and _is_compiled(self.unet):
+        if set_stance is not None and _compiles_attention(self.unet):
             # The stance is the process's: the first that needs it sets it, the last puts it back, in whichever threads.
             self.stance_held = _STANCE.acquire()
             _COMPILED.add(self)
@@ -326,12 +327,14 @@ class _Control:
         return False
 
 
-def _is_compiled(unet) -> bool:
-    """Whether `torch.compile` wraps the U-Net or any part of it."""
-    return hasattr(unet, "_orig_mod") or any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+def _compiles_attention(unet) -> bool:
+    """Whether `torch.compile` wraps the U-Net or a part of it that holds attention layers."""
+    compiled = (
+        module
         for module in unet.modules()
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
     )
+    return any(hasattr(layer, "set_processor") for part in compiled for layer in part.modules())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

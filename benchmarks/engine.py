@@ -2,7 +2,7 @@
 ours, of the naive algorithm and of a plain sample, side by side.
 
     python -m benchmarks.engine --out bench_out/engine.md
-    python -m benchmarks.engine --out bench_out/engine.md --dtype bfloat16     # on a GPU
+    python -m benchmarks.engine --out bench_out/engine.md --dtype float32 bfloat16 float16     # on a GPU
 
 A program (an edit, an inversion, a sample) is so many passes of each kind, [`passes_of`]; tests/test_engine.py asserts
 on a small model that these are what runs. FLOPs (2 per multiply-add, of matrix products, convolutions and attention)
@@ -21,7 +21,7 @@ import statistics
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +164,17 @@ def sd14() -> tuple[UNet2DConditionModel, AutoencoderKL]:
     return unet.eval(), make_vae(scaling_factor=0.18215, sample_size=512)
 
 
+def sd_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
 def make_text(unet) -> Conditioning:
     """What a prompt would condition this U-Net by, with random numbers, one row."""
     config, device = unet.config, unet.device
@@ -178,14 +189,7 @@ def make_text(unet) -> Conditioning:
 def make_scene(unet, vae, latent_size: tuple[int, int], steps: int = 50, **settings) -> Scene:
     """An edit of `steps` steps with `settings` on latents of `latent_size` (h, w), on the U-Net's device."""
     h, w = latent_size
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    scheduler = sd_scheduler()
     scheduler.set_timesteps(steps)
     device, null = unet.device, make_text(unet)
     inversion = Inversion(
@@ -422,25 +426,28 @@ def now(scene: Scene) -> float:
     return time.process_time() / torch.get_num_threads()
 
 
-def timed_as(kind: Pass) -> tuple[Pass, int]:
-    """The kind whose seconds, so many times, stand for `kind`'s: FLOPs of the two are equal within 2 %."""
+def timed_as(kind: Pass, device: str) -> tuple[Pass, int]:
+    """The kind whose seconds, so many times, stand for `kind`'s: on a CPU, where a pass takes a quarter of a minute,
+    one whose FLOPs are equal within 2 %."""
+    if device == "cuda":
+        return kind, 1
     if kind.name == "naive pair":
         return Pass("naive pass"), 2
     return (Pass(kind.name, True, True) if kind.name in ("source", "pair", "iteration") else kind), 1
 
 
 def seconds_of(scene: Scene, kind: Pass, repeats: int = REPEATS) -> float:
-    """Median seconds of a pass."""
-    times = []
+    """Median seconds of a pass; on a GPU, after one to warm up."""
+    times, warmup = [], int(scene.unet.device.type == "cuda")
     with controlled(scene, kind.name), torch.set_grad_enabled(makes_graph(kind)):
         with torch.no_grad():
             call = ready(scene, kind)
-        for _ in range(repeats):
+        for _ in range(warmup + repeats):
             start = now(scene)
             call()
             times.append(now(scene) - start)
             clear_tape(scene)
-    return statistics.median(times)
+    return statistics.median(times[warmup:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -625,17 +632,9 @@ def machine() -> str:
     return f"{torch.get_num_threads()} threads of {name}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each timed pass; on a CPU 0 times none")
-    args = parser.parse_args(argv)
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
-    with nullcontext() if args.repeats else FakeTensorMode():  # without a pass to time, no need of data
-        unet, vae = (model.to(device, dtype) if args.repeats else model for model in sd14())
-        scene, fast = make_scene(unet, vae, LATENT_SIZE), make_scene(unet, vae, LATENT_SIZE, 10, **PRESETS["fast"])
-    programs = {  # name: of which scene, its program
+def programs_of(scene: Scene, fast: Scene) -> dict[str, tuple[Scene, str]]:
+    """The table's rows: name -> of which scene, its program."""
+    return {
         "plain sample, 50 steps": (scene, "sample"),
         "naive edit": (scene, "naive edit"),
         "**edit, defaults**": (scene, "edit"),
@@ -646,19 +645,34 @@ def main(argv: list[str] | None = None) -> None:
         "direct inversion": (scene, "direct"),
         "direct inversion, 10 steps": (fast, "direct"),
     }
+
+
+def section(
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    repeats: int,
+    summed: Collection[str],
+    count: Callable[[set[Pass]], dict[Pass, Cost]],
+) -> str:
+    """Markdown: the tables of one model in one dtype on one device. `count` tells what passes cost; `repeats` of 0
+    times none of them; the programs in `summed` are not run whole on a GPU, either."""
+    scene, fast = make_scene(unet, vae, LATENT_SIZE), make_scene(unet, vae, LATENT_SIZE, 10, **PRESETS["fast"])
+    device, programs = unet.device.type, programs_of(scene, fast)
     passes = {name: passes_of(*program) for name, program in programs.items()}
     kinds = {kind for counter in passes.values() for kind in counter}
-    costs, seconds, load = count_passes(kinds), {}, os.getloadavg()[0]
-    for kind in sorted({timed_as(kind)[0] for kind in kinds}):
-        seconds[kind] = seconds_of(scene, kind, args.repeats) if args.repeats else float("nan")
-        print(f"{kind}: {seconds[kind]:.2f} s", flush=True)
+    costs, seconds, load = count(kinds), {}, os.getloadavg()[0]
+    for kind in sorted({timed_as(kind, device)[0] for kind in kinds}):
+        seconds[kind] = seconds_of(scene, kind, repeats) if repeats else float("nan")
+        print(f"{kind}: {seconds[kind]:.3f} s", flush=True)
     figures = {}
     for kind in kinds:
-        stand_in, times = timed_as(kind)
+        stand_in, times = timed_as(kind, device)
         figures[kind] = Figures(costs[kind].flops, times * seconds[stand_in], costs[kind].peak)
     totals = {name: total(counter, figures) for name, counter in passes.items()}
     if device == "cuda":
-        totals = {name: Figures(totals[name].flops, *run_whole(*program)) for name, program in programs.items()}
+        for name, program in programs.items():
+            if program[1] not in summed:
+                totals[name] = Figures(totals[name].flops, *run_whole(*program))
 
     naive, ours = totals["naive edit"], totals["**edit, defaults**"]
     row = total(Counter({Pass("naive pass"): scene.steps}), figures)  # the official program's, of the source
@@ -688,24 +702,51 @@ def main(argv: list[str] | None = None) -> None:
     ]
     for name, one in totals.items():
         made = ", ".join(f"{n} {kind}" for kind, n in passes[name].items())
-        lines.append(f"| {name} | {one.flops / TERA:.1f} | {one.seconds:.0f} | {one.peak / GIB:.2f} | {made} |")
+        lines.append(f"| {name} | {one.flops / TERA:.1f} | {one.seconds:.1f} | {one.peak / GIB:.2f} | {made} |")
     lines += ["", "| pass | GFLOP | seconds | peak activations, GiB |", "|---" * 4 + "|"]
     for kind in sorted(kinds):
         one = figures[kind]
-        lines.append(f"| {kind} | {one.flops / 1e9:.0f} | {one.seconds:.2f} | {one.peak / GIB:.2f} |")
-    how = "the whole programs ran" if device == "cuda" else "not measured"
-    if device == "cpu" and args.repeats:
-        how = f"of the processor's threads, each pass's (median of {args.repeats}) times its number"
+        lines.append(f"| {kind} | {one.flops / 1e9:.0f} | {one.seconds:.3f} | {one.peak / GIB:.2f} |")
+    how = "not measured"
+    if repeats and device == "cpu":
+        how = f"of the processor's threads, each pass's (median of {repeats}) times its number"
+    elif repeats:
+        but = f" but for {', '.join(summed)}, the sums of their passes" if summed else ""
+        how = f"of whole programs, run once,{but} and of passes the median of {repeats}"
     weights = sum(p.numel() * p.itemsize for model in (unet, vae) for p in model.parameters())
     lines += [
         "",
-        f"{args.dtype}, {machine()}, torch {torch.__version__}; seconds: {how}; load average before {load:.1f}, after"
-        f" {os.getloadavg()[0]:.1f}. Weights apart: {weights / GIB:.2f} GiB.",
+        f"{str(unet.dtype).removeprefix('torch.')}, {machine()}, torch {torch.__version__}; seconds: {how}; load"
+        f" average before {load:.1f}, after {os.getloadavg()[0]:.1f}. Weights apart: {weights / GIB:.2f} GiB.",
     ]
-    text = "\n".join(lines).replace("nan", "–") + "\n"
+    return "\n".join(lines).replace("nan", "–") + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--sum", nargs="+", default=(), metavar="PROGRAM", help="not run whole on a GPU: 'naive null_text', ..."
+    )
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each timed pass; on a CPU 0 times none")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    counted = {}  # on float32 tensors, whichever dtype is timed
+
+    def count(kinds: set[Pass]) -> dict[Pass, Cost]:
+        if not counted:
+            counted.update(count_passes(kinds))
+        return counted
+
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text)
-    print(text)
+    sections = []
+    for dtype in args.dtype:
+        with torch.device(device) if args.repeats else FakeTensorMode():  # without a pass to time, no need of data
+            parts = [model.to(getattr(torch, dtype)) if args.repeats else model for model in sd14()]
+        sections.append(section(*parts, args.repeats, args.sum, count))
+        print(sections[-1], flush=True)
+        args.out.write_text("\n".join(sections))  # what is there, should a later one fail
 
 
 if __name__ == "__main__":

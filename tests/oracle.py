@@ -74,6 +74,7 @@ def naive_edit(
         more = {} if added is None else {"added_cond_kwargs": added[mode]}
         return unet(z.to(unet.dtype), t, encoder_hidden_states=embeds.to(unet.dtype), **more).sample.float()
 
+    shared = alignment.mapper[alignment.shared].tolist()  # once: reading it makes a GPU wait
     z = inversion.latents[:1].clone()
     try:
         for i, t in enumerate(inversion.timesteps):
@@ -95,10 +96,7 @@ def naive_edit(
                             loss = loss + settings["oal_weight"] * (bce(1e-5 + (1 - 2e-5) * s, soft) + bce(v, soft))
                             continue
                         for name, m in zip(loss_names, own):
-                            kept = [
-                                int(alignment.mapper[j]) for j in range(len(alignment.shared)) if alignment.shared[j]
-                            ]
-                            ratio = m / (m + tape.source[name][..., kept].sum(-1).detach() + 1e-6)
+                            ratio = m / (m + tape.source[name][..., shared].sum(-1).detach() + 1e-6)
                             terms = (1 - (ratio * binary).sum(-1) / binary.sum()) ** 2
                             if settings.get("ccl_form") == "both":
                                 terms = terms + 3 - 4 * (m * binary).sum(-1) / (m.sum(-1) + 1e-8)

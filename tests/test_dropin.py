@@ -16,7 +16,9 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from mde_edit import MDEEditPipeline
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -339,6 +341,23 @@ def test_a_compiled_unet(own, run, form):
         own.unet.compile(backend=backend)
     assert close(run(own)[0], plain) and close(run(own, method="null_text")[0], run(own, method="null_text")[0])
     assert not compiled  # an edit runs the U-Net as written: its controls differ from call to call
+
+
+def test_compiled_blocks_without_attention(own, run):
+    """They run compiled, also with gradients, and a pass that leaves the U-Net early leaves none of them."""
+    plain, compiled = [run(own, method=method)[0] for method in ("direct", "null_text")], []
+
+    def backend(graph, inputs):
+        compiled.append(torch.is_grad_enabled())
+        return graph
+
+    for block in own.unet.modules():
+        if isinstance(block, (ResnetBlock2D, FeedForward)):
+            block.compile(backend=backend, dynamic=True)
+    again = [run(own, method=method)[0] for method in ("direct", "null_text")]
+    torch.compiler.reset()
+    assert all(close(one, other) for one, other in zip(again, plain))
+    assert {True, False} <= set(compiled)
 
 
 def test_freeu(own, run):

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from mde_edit import MDEEditPipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import engine
+from benchmarks import engine, latency
 
 from .conftest import count_unet_calls
 
@@ -111,4 +112,17 @@ def test_the_table_says_what_is_met(tmp_path, monkeypatch):
     text = (tmp_path / "engine.md").read_text()
     assert "| guidance loop | 1.000 | 1.000 | 1.000 | 0.40, 0.5 | FLOPs **no**, peak **no**, seconds yes |" in text
     assert f"| an edit, inverted before | {391 / 451:.3f} | " in text
-    assert "| naive edit | 451.0 | 902 | 1.00 | 300 naive iteration, 150 naive pass, 1 decode |" in text
+    assert "| naive edit | 451.0 | 902.0 | 1.00 | 300 naive iteration, 150 naive pass, 1 decode |" in text
+
+
+def test_what_a_user_waits_for(tmp_path, monkeypatch):
+    """Each wait is a call of the pipeline: the first edit inverts, another edit of the picture does not."""
+    monkeypatch.setattr(latency, "sd14", small_model)
+    monkeypatch.setattr(latency, "STEPS", 3)
+    monkeypatch.setattr(latency, "FAST_STEPS", 2)
+    inverted = []
+    invert = MDEEditPipeline.invert
+    monkeypatch.setattr(MDEEditPipeline, "invert", lambda *a, **k: inverted.append(k) or invert(*a, **k))
+    latency.main(["--out", str(tmp_path / "latency.md"), "--dtype", "float32", "--repeats", "1"])
+    rows = [line for line in (tmp_path / "latency.md").read_text().splitlines() if " edit" in line or "sample" in line]
+    assert len(rows) == 5 and [k["num_inference_steps"] for k in inverted] == [3, 3, 2, 2]

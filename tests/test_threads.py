@@ -156,7 +156,7 @@ def interrupted_at(number, action):
     """Run `action` with a KeyboardInterrupt at the `number`-th line that runs inside the attention control; whether the
     action got that far."""
     source, count = attention_processors.__file__, [0]
-    names = {"attention_control", "__init__", "__enter__", "__exit__", "enter", "_is_compiled", "lock_of"}
+    names = {"attention_control", "__init__", "__enter__", "__exit__", "enter", "_compiles_attention", "lock_of"}
 
     def trace(frame, event, arg):
         if frame.f_code.co_filename != source or frame.f_code.co_name not in names:
