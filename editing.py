@@ -1072,7 +1072,7 @@ class EditsPictures(ReadsPrompts):
                 The target prompt p*. A list edits the same picture several ways, or, of several pictures, each its own.
             inversion ([`Inversion`], *optional*):
                 From [`~MDEEditPipeline.invert`]. Otherwise pass `image` and `source_prompt`, and, if wanted,
-                `num_inference_steps` (50) and `inversion_method`, to invert and edit in one call.
+                `num_inference_steps` (50) and `inversion_method` (as `method` there), to invert and edit in one call.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or `list`, *optional*):
                 A picture as [`~MDEEditPipeline.invert`] takes it, or a list of several, all of one size (see `height`).
                 With several, all that is "one per prompt" is one per picture, and what is not a list holds for all.
@@ -1090,7 +1090,8 @@ class EditsPictures(ReadsPrompts):
             num_inference_steps (`int`, *optional*):
                 The inversion's; another number is an error.
             guidance_scale (`float`, *optional*):
-                Classifier-free guidance; the inversion's by default. With null-text embeddings any other is an error.
+                Classifier-free guidance; the inversion's by default, 7.5 in one call. With null-text embeddings any
+                other is an error.
             cross_replace_steps (`float`, defaults to 0.8):
                 Share of the steps, from the first, in which shared words take the source's cross-attention (Eq. 3).
             self_replace_steps (`float`, defaults to 0.5):

@@ -2,8 +2,9 @@
 
 The working directory looks like a clone that also holds a clone called `mde_edit`; the Hub is on loopback, with the
 embedded model in Stable Diffusion's place, a small one in SDXL's, and this repository at user/mde-edit and
-user/mde-edit-xl; "cuda" is read as "cpu", an inversion at the defaults as one of four steps, SDXL's size as the small
-model's. A block that needs more than that is marked by a line `<!-- not executed: why -->` right above it.
+user/mde-edit-xl; "cuda" is read as "cpu", an inversion at the defaults as one of four steps, Stable Diffusion's and
+SDXL's sizes as the small models'. A block that needs more than that is marked by a line `<!-- not executed: why -->`
+right above it.
 """
 
 import json
@@ -102,5 +103,6 @@ def test_the_documents_python_runs(document, hub, tmp_path):
     clone(here / "mde_edit")
     code = "\n".join(python_blocks((ROOT / document).read_text())).replace('"cuda"', '"cpu"')
     code = code.replace("height=1024, width=1024)", "height=64, width=64)")
-    code = re.sub(r'(pipe\.invert\([^()]*straw hat"(, height=64, width=64)?)\)', r"\1, num_inference_steps=4)", code)
+    code = code.replace("height=512, width=512)", "height=128, width=128)")
+    code = re.sub(r'(pipe\.invert\([^()]*straw hat"(, height=\d+, width=\d+)?)\)', r"\1, num_inference_steps=4)", code)
     run_script(code, tmp_path / "home", here, hub, HF_TOKEN="hf_none")
