@@ -290,7 +290,7 @@ class _Control:
         return self
 
     def __exit__(self, *_):
-        # One line each takes or gives a lock and notes it, so that no interruption falls in between.
+        # One line each takes or gives a lock and notes it: an interruption finds hardly any time in between.
         if self.processors is not None:
             self.unet.set_attn_processor(dict(self.processors))  # it empties the dictionary it is given
             for name, parameter in self.unet.named_parameters():

@@ -386,7 +386,7 @@ class Inversion:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, torch.Tensor):
-                tensors[f.name] = value.cpu().contiguous()
+                tensors[f.name] = value.detach().cpu().contiguous().clone()  # two may be one and the same
             else:
                 metadata[f.name] = json.dumps(value)
         save_file(tensors, path, metadata={"format": "mde_edit.inversion", **metadata})

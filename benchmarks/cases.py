@@ -5,9 +5,11 @@ and real ones (`benchmarks.convert`) have the same form, so every command runs o
 the same cases as the rows of `mde-edit batch`.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,17 @@ class Case:
     def attribute_masks(self) -> dict[Word, np.ndarray]:
         """New attribute word -> mask, as `MDEEditPipeline` takes them."""
         return {word: region.mask for region in self.regions for word in region.attributes}
+
+    @cached_property
+    def digest(self) -> str:
+        """What it holds, told in 64 characters: cases drawn anew under an old name are others."""
+        told = hashlib.sha256(repr((self.source_prompt, self.target_prompt, self.expected)).encode())
+        for region in self.regions:
+            told.update(repr(replace(region, mask=None)).encode())
+            told.update(region.mask.tobytes())
+        for picture in filter(None, (self.image, self.ideal)):
+            told.update(repr(picture.size).encode() + picture.tobytes())
+        return told.hexdigest()
 
     @property
     def union(self) -> np.ndarray:

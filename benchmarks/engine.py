@@ -56,6 +56,7 @@ from tests.oracle import NaiveProcessor, Tape, naive_edit
 
 TOKENS = 77  # of a prompt
 NEW = (2, 5)  # those that the two prompts do not share: the object's and the attribute's
+PROGRAMS = ("sample", "edit", "naive edit", "null_text", "naive null_text", "negative_prompt", "direct")
 GUIDANCE_SCALE, INNER_STEPS = 7.5, 10
 LATENT_SIZE = (64, 64)
 REPEATS = 3
@@ -703,7 +704,7 @@ def section(
     for name, one in totals.items():
         made = ", ".join(f"{n} {kind}" for kind, n in passes[name].items())
         lines.append(f"| {name} | {one.flops / TERA:.1f} | {one.seconds:.1f} | {one.peak / GIB:.2f} | {made} |")
-    lines += ["", "| pass | GFLOP | seconds | peak activations, GiB |", "|---" * 4 + "|"]
+    lines += ["", "| pass | GFLOP | seconds | peak activations in float32, GiB |", "|---" * 4 + "|"]
     for kind in sorted(kinds):
         one = figures[kind]
         lines.append(f"| {kind} | {one.flops / 1e9:.0f} | {one.seconds:.3f} | {one.peak / GIB:.2f} |")
@@ -726,9 +727,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
-    parser.add_argument(
-        "--sum", nargs="+", default=(), metavar="PROGRAM", help="not run whole on a GPU: 'naive null_text', ..."
-    )
+    parser.add_argument("--sum", nargs="+", default=(), choices=PROGRAMS, help="not run whole on a GPU")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of each timed pass; on a CPU 0 times none")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -97,7 +97,7 @@ def measure(call: Callable[[], object]) -> tuple[float, float]:
 def rows(pipe: MDEEditPipeline, size: int, repeats: int) -> Iterator[str]:
     """Of Markdown: each wait for the first time and the shortest of `repeats` after it, with its memory."""
     for what, call in waits(pipe, size).items():
-        first, *then = [measure(call) for _ in range(1 + repeats)]
+        first, *then = [measure(call) for _ in range(1 + max(1, repeats))]
         memory = "–" if math.isnan(then[-1][1]) else f"{then[-1][1]:.2f}"
         yield f"| {what} | {first[0]:.2f} | {min(seconds for seconds, _ in then):.2f} | {memory} |"
 

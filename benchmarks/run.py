@@ -63,11 +63,12 @@ class Variant(NamedTuple):
 
 
 def job_of(case: Case, variant: Variant, args: argparse.Namespace) -> Job:
-    """An edit as something to do once; its record carries all settings, not only those that differ."""
+    """An edit as something to do once; its record carries all settings, not only those that differ, and all else that
+    its figures depend on."""
     label, name, settings, own_steps = variant
     whole = {**METHODS[name].settings, **settings}
     key = {"method": name, "settings": whole, "steps": own_steps or args.steps, "seed": args.seed, "model": args.model}
-    key["soften"] = args.soften
+    key |= {"soften": args.soften, "dtype": args.dtype, "judge": args.judge, "digest": case.digest}
     return Job((case, variant), args.out / label / f"{case.name}.json", lambda: key)
 
 

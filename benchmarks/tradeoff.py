@@ -135,13 +135,17 @@ def main(argv: list[str] | None = None) -> None:
 
     def work(jobs: list[Job]) -> Iterator[Job]:
         for job in jobs:
-            write_json(job.record, measure(pipe, meter, job.task, args.steps, args.iterations))
+            entries = measure(pipe, meter, job.task, args.steps, args.iterations)
+            write_json(job.record, {**job.key(), "entries": entries})
             yield job
 
-    files = [args.out / f"{case.name}.json" for case in cases]
-    spread([Job(case, file, dict) for case, file in zip(cases, files, strict=True)], work, state)
+    asked = {"steps": list(args.steps), "iterations": list(args.iterations), "model": args.model, "judge": args.judge}
+    jobs = [
+        Job(case, args.out / f"{case.name}.json", lambda case=case: {**asked, "digest": case.digest}) for case in cases
+    ]
+    spread(jobs, work, state)
     if state.is_main_process:
-        rows = summary([entry for file in files for entry in json.loads(file.read_text())])
+        rows = summary([entry for job in jobs for entry in json.loads(job.record.read_text())["entries"]])
         (args.out / "tradeoff.md").write_text(table(rows))
         plot(rows, args.out / "tradeoff.png")
         print(table(rows))

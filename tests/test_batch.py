@@ -177,6 +177,11 @@ BAD = {  # what is wrong -> the line of the file, what is said of it
     "a name of another": ({"name": "good"}, "`name` 'good' is that of edits.jsonl, line 1 too"),
     "a name of no folder": ({"name": "../x"}, "`name` '../x' cannot be a folder's"),
     "a segmenter that is not told": ({"object": {"dog": "box:1,2,3,4"}}, "needs --segmenter"),
+    "a name that case alone tells apart": ({"name": "Good"}, "`name` 'Good' is that of edits.jsonl, line 1 too"),
+    "a name that nobody can read": ({"name": "a\0b"}, "it holds a character that nobody can see"),
+    "half a character": ({"name": "\ud83d"}, "it holds a character that nobody can see"),
+    "a name longer than a folder's": ({"name": "猫" * 86}, "has 258 bytes: shorten it to 200"),
+    "a picture that no file can be": ({"image": "a\0.png"}, "`image` "),
 }
 
 
@@ -229,6 +234,44 @@ def test_what_goes_wrong_within_an_edit_stops_no_other(tiny_model, data, tmp_pat
     assert "line 1: RuntimeError: out of memory" in capsys.readouterr().err and list(pictures(tmp_path / "out")) == [
         "00002/edited.png"
     ]
+
+
+def test_rows_that_fail_today_keep_what_was_made_of_them(tiny_model, data, tmp_path, counted, monkeypatch, capsys):
+    """Another model, or a drive that is not there, is no reason to lose a day's edits."""
+    file, out = write_rows(data, [{"image": "p0.png"}, {"image": "p1.png"}]), tmp_path / "out"
+    assert main(command(file, tiny_model, out)) == 0
+    whole, told, loads = pictures(out), table(out), []
+    load = batch.load_pipeline
+    monkeypatch.setattr(batch, "load_pipeline", lambda args: loads.append(args.model) or load(args))
+    assert main(command(file, str(tmp_path / "nowhere"), out)) == 1
+    assert len(loads) == 1 and pictures(out) == whole and all(line["error"] for line in table(out))
+    (data / "p1.png").rename(tmp_path / "p1.png")
+    assert main(command(file, str(tmp_path / "nowhere"), out)) == 1  # and once more, by another mistake
+    counted["edits"].clear()
+    assert (
+        main(command(file, tiny_model, out)) == 1 and "1 of 2 rows edited, 1 of them before" in capsys.readouterr().err
+    )
+    (tmp_path / "p1.png").rename(data / "p1.png")
+    assert main(command(file, tiny_model, out)) == 0 and table(out) == told and not counted["edits"]
+    assert {path.name for path in out.glob("0000?/*")} == {"edited.png", "run.json"}
+    # changed, it fails; changed again, the former pictures are nobody's
+    for row in ({"image": "none.png"}, {"image": "p2.png"}):
+        main(command(write_rows(data, [row, {"image": "p1.png"}]), tiny_model, out))
+    assert len(counted["edits"]) == 1 and pictures(out)["00001/edited.png"] != whole["00001/edited.png"]
+    assert {path.name for path in out.glob("0000?/*")} == {"edited.png", "run.json"}
+
+
+def test_a_cache_that_cannot_be_written_costs_no_row(tiny_model, data, tmp_path, counted, monkeypatch, capsys):
+    file, full = write_rows(data, [{"image": "p0.png"}, {"image": "p1.png"}]), tmp_path / "full"
+    with monkeypatch.context() as patched:
+        patched.setattr(InversionCache, "put", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        assert main(command(file, tiny_model, tmp_path / "one", "--cache", str(full))) == 0
+    assert "keeps no inversion: no space left" in capsys.readouterr().err
+    assert main(command(file, tiny_model, tmp_path / "two", "--cache", str(full))) == 0 and counted["inversions"] == 4
+    with monkeypatch.context() as patched:  # another user's
+        patched.setattr(os, "utime", lambda *_: (_ for _ in ()).throw(PermissionError))
+        assert main(command(file, tiny_model, tmp_path / "three", "--cache", str(full))) == 0
+    assert counted["inversions"] == 4 and pictures(tmp_path / "one") == pictures(tmp_path / "three")
 
 
 @pytest.mark.parametrize(
@@ -347,10 +390,12 @@ def test_inversions_are_kept_by_content_and_the_unused_go_first(inversion, tmp_p
     left = cache.folder / f".{'d' * 64}.inversion.killed.tmp"
     left.write_bytes(b"0" * size)
     os.utime(left, (0, 0))
+    begun = left.with_name(left.name.replace("killed", "begun"))  # just now, by another process
+    begun.write_bytes(b"0" * size)
     assert (cache.get(keys[0]).latents == inversion.latents).all()  # used: now b is the oldest of the three
     InversionCache(cache.folder, 2.5 * size).put("e" * 64, inversion)
     assert {path.name for path in cache.folder.iterdir()} == {
-        "mine.inversion",
+        *("mine.inversion", begun.name),
         *(f"{key}.inversion" for key in (keys[0], "e" * 64)),
     }
     cache.path(keys[0]).write_bytes(b"damaged")
@@ -378,7 +423,7 @@ def edit_seconds(out):
 
 
 @pytest.mark.slow
-def test_two_processes_do_the_same_in_less_time(tiny_model, tmp_path):
+def test_two_processes_do_the_same(tiny_model, tmp_path):
     data = write_pictures(tmp_path / "data", 30)
     rows = write_rows(data, [{"image": f"p{number // 2}.png", "oal_weight": 1 + number % 2} for number in range(60)])
     seconds = {}

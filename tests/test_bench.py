@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -358,10 +359,15 @@ def test_a_second_run_does_nothing_unless_settings_change(tiny, tiny_cases, tmp_
     edits = []
     whole = run.edit
     monkeypatch.setattr(run, "edit", lambda *args: edits.append(args[1]) or whole(*args))
-    for steps, expected in ((4, 2), (4, 0), (5, 2)):
+    cases = shutil.copytree(tiny_cases, tmp_path / "cases")
+    for changed, expected in (([], 2), ([], 0), (["--steps", "5"], 2), (["--dtype", "bfloat16"], 2), ([], 2)):
         edits.clear()
-        run.main(arguments(tiny_cases, tmp_path, "--methods", "vae", "--steps", str(steps)))
+        run.main(arguments(cases, tmp_path / "out", "--methods", "vae", *changed))
         assert len(edits) == expected
+    Image.open(cases / "case1.png").rotate(180).save(cases / "case1.png")  # a case drawn anew
+    edits.clear()
+    run.main(arguments(cases, tmp_path / "out", "--methods", "vae"))
+    assert len(edits) == 1
 
 
 def test_a_changed_default_of_a_method_is_run_again(tiny, tiny_cases, tmp_path, monkeypatch):
@@ -377,7 +383,7 @@ def test_a_changed_default_of_a_method_is_run_again(tiny, tiny_cases, tmp_path, 
 def test_tradeoff_counts_the_inversion_and_goes_on(tiny, tiny_cases, tmp_path, monkeypatch):
     command = ["--cases", str(tiny_cases), "--out", str(tmp_path), "--judge", "", "--steps", "5"]
     tradeoff.main([*command, "--iterations", "0", "2"])
-    entries = json.loads((tmp_path / "case0.json").read_text())
+    entries = json.loads((tmp_path / "case0.json").read_text())["entries"]
     calls = {(e["inversion"], e["steps"], e["iterations"]): e["unet_calls"] for e in entries}
     assert len(calls) == 3 * 2
     guided, source_passes, probes = 2, 4, 4  # of 5 steps: 0.4 and 0.8; the fingerprint's in inversion and edit

@@ -104,6 +104,13 @@ def test_the_source_prompts_embeds_stay_with_the_inversion(pipe, image, tmp_path
     assert (pipe.generate_mask(inverted, "cat") != pipe.generate_mask(plain, "cat")).any()
 
 
+def test_an_inversion_whose_embeds_are_one_tensor_is_saved(pipe, image, tmp_path):
+    weighted = pipe.embed(SOURCE) * 1.2
+    inverted = pipe.invert(image, SOURCE, **{**SHORT, "method": "negative_prompt"}, prompt_embeds=weighted)
+    inverted.save(tmp_path / "cat.safetensors")
+    assert torch.equal(Inversion.load(tmp_path / "cat.safetensors").null_embeds, inverted.null_embeds)
+
+
 def test_embeds_of_another_text_encoder_are_refused(pipe, inversion):
     other = replace(inversion, prompt_embeds=torch.zeros(1, 77, 32))
     with count_unet_calls(pipe.unet) as calls, pytest.raises(ValueError, match="`inversion.prompt_embeds` is"):

@@ -23,7 +23,6 @@ UNET = {
     "attention_head_dim": 2,
     "norm_num_groups": 4,
 }
-PROGRAMS = ("sample", "naive edit", "edit", "direct", "negative_prompt", "null_text", "naive null_text")
 
 
 def small_model():
@@ -80,7 +79,8 @@ def test_peak_is_of_what_is_held_and_not_of_what_was_there():
 
 
 @pytest.mark.parametrize(
-    "program", [pytest.param(name, marks=pytest.mark.slow) if name == "naive null_text" else name for name in PROGRAMS]
+    "program",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "naive null_text" else name for name in engine.PROGRAMS],
 )
 def test_a_program_is_its_passes(scene, program, monkeypatch):
     """FLOPs of a whole run = those of each kind of pass, times how many the formula says."""

@@ -4,12 +4,14 @@
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..inversion import Inversion
@@ -57,17 +59,23 @@ COLUMNS = [
 class Models:
     """What this process has loaded, each model once."""
 
-    pipes: dict[tuple, tuple[MDEEditPipeline, str]] = field(default_factory=dict)
+    pipes: dict[tuple, tuple[MDEEditPipeline, str] | Exception] = field(default_factory=dict)
     segmenters: dict[tuple, Callable] = field(default_factory=dict)
 
     def pipe(self, args: argparse.Namespace) -> tuple[MDEEditPipeline, str]:
-        """A row's pipeline and its [`model_digest`]."""
+        """A row's pipeline and its [`model_digest`]; what could not be loaded for one row is not tried for the next."""
         key = (args.model, args.device, args.dtype)
         if key not in self.pipes:
-            pipe = load_pipeline(args)
-            pipe.set_progress_bar_config(disable=True)  # there is one over all rows
-            self.pipes[key] = pipe, model_digest(pipe)
-        return self.pipes[key]
+            try:
+                pipe = load_pipeline(args)
+                pipe.set_progress_bar_config(disable=True)  # there is one over all rows
+                self.pipes[key] = pipe, model_digest(pipe)
+            except Exception as error:
+                self.pipes[key] = error
+        loaded = self.pipes[key]
+        if isinstance(loaded, Exception):
+            raise loaded
+        return loaded
 
     def segmenter(self, *key) -> Callable:
         """[`load_segmenter`], once for the same arguments."""
@@ -97,6 +105,10 @@ def run_batch(args: argparse.Namespace) -> str | None:
     models = Models()
     cache = InversionCache(Path(args.cache) if args.cache else out / ".inversions", args.cache_size * 1e9)
     jobs = [Job(row, out / row.name / "run.json", row.key) for row in rows]
+    if state.is_main_process:
+        for job in jobs:
+            put_back(job)
+    state.wait_for_everyone()
     before = spread(jobs, lambda share: work(share, models, cache, args.fail_fast), state)
     if not state.is_main_process:
         return None
@@ -137,15 +149,40 @@ def attempt(action: Callable[[], None], job: Job, fail_fast: bool) -> bool:
         reason = " ".join(str(error).split() if known else [f"{type(error).__name__}:", *str(error).split()])
         if fail_fast:
             raise ValueError(f"{job.task.where}: {reason}") from error
-        clear(job)
+        set_aside(job)
         write_json(job.record, {"row": job.task.where, "error": reason})
         tqdm.write(f"mde-edit: {job.task.where}: {reason}", file=sys.stderr)
         return False
     return True
 
 
+def earlier(job: Job) -> Job:
+    """A row that cannot be edited now, as it was when it could."""
+    return replace(job, record=job.record.with_name("run.before.json"))
+
+
+def set_aside(job: Job) -> None:
+    """Make room for the record of an error. What an earlier run made of the row stays, under another record: a drive
+    that is not there today or a misspelt model is no reason to lose it."""
+    try:
+        edited = "pictures" in json.loads(job.record.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        edited = False
+    if edited:
+        os.replace(job.record, earlier(job).record)
+    elif not earlier(job).record.exists():
+        clear(job)
+
+
+def put_back(job: Job) -> None:
+    """Let an earlier run's record count again, if the row is what it was then."""
+    if earlier(job).is_done():
+        os.replace(earlier(job).record, job.record)
+
+
 def clear(job: Job) -> None:
-    """Remove a row's files of before, the record first: without one, nothing else counts."""
+    """Remove a row's files of before, the records first: without one, nothing else counts."""
+    earlier(job).record.unlink(missing_ok=True)
     job.record.unlink(missing_ok=True)
     for pattern in ("edited*.png", ".*.tmp"):
         for path in job.record.parent.glob(pattern):
@@ -204,7 +241,10 @@ def inverted_once(
     with measured(pipe.unet) as cost:
         inversion = invert(request.args, pipe, request.image)
     cost["seconds"] = round(cost["seconds"], 2)
-    cache.put(key, inversion)
+    try:
+        cache.put(key, inversion)
+    except (OSError, SafetensorError) as error:  # the edit does not need it
+        tqdm.write(f"mde-edit: {cache.folder} keeps no inversion: {error}", file=sys.stderr)
     return inversion, cost
 
 
@@ -218,7 +258,8 @@ def edits(request: Request, edited: Edited, inversion: Inversion) -> list[dict[s
 
 def write_table(path: Path, rows: list[Row], records: list[dict[str, Any]]) -> None:
     """A line per edited picture, and per row that could not be edited."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}  # a file's name can be anything
+    with replacing(path) as temporary, open(temporary, "w", **how) as file:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         table.writeheader()
         for row, record in zip(rows, records):

@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import re
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from .files import replacing
 
 
 OURS = re.compile(r"[0-9a-f]{64}\.inversion|\.[0-9a-f]{64}\.inversion\..*\.tmp")  # and nobody else's files
+WRITING = 3600  # seconds after which nobody writes to a temporary file any more
 
 
 def model_digest(pipe: MDEEditPipeline) -> str:
@@ -57,7 +61,7 @@ def inversion_key(request: Request, pipe: MDEEditPipeline, model: str) -> str:
         "settings": inversion_settings(args),
         "model": model,
         "device": pipe.device.type,
-        "versions": versions(),
+        "versions": {**versions(), "mde_edit": version("mde-edit")},
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -76,8 +80,9 @@ class InversionCache:
         return self.folder / f"{key}.inversion"
 
     def get(self, key: str) -> Inversion | None:
-        try:
+        with suppress(OSError):  # another user's, or one that is not there
             os.utime(self.path(key))  # used just now
+        try:
             return Inversion.load(self.path(key))
         except (OSError, ValueError):
             return None
@@ -88,13 +93,16 @@ class InversionCache:
         self.evict()
 
     def evict(self) -> None:
-        """Remove what has not been used for longest, until the rest fits; also what a killed process left."""
+        """Remove what has not been used for longest, until the rest fits; also what a killed process left, but not what
+        another one may be writing."""
         found = []
         for path in filter(lambda path: OURS.fullmatch(path.name), self.folder.iterdir()):
             try:
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+                stat = path.stat()
             except OSError:  # another process was faster
                 continue
+            if path.suffix != ".tmp" or time.time() - stat.st_mtime > WRITING:
+                found.append((stat.st_mtime_ns, stat.st_size, path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.size:

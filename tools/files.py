@@ -31,5 +31,5 @@ def file_digest(path: str) -> str | None:
     """A file's content, told in 64 characters; None where it cannot be read."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file can have this name
         return None

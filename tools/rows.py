@@ -13,6 +13,7 @@ from .files import file_digest
 from .options import ROW, check_config, once, parse_region, row_settings
 
 
+LONGEST_NAME = 200  # bytes: most file systems take 255, some of them spent on endings
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -96,7 +97,7 @@ def read_rows(source: str, shared: dict[str, Any]) -> list[Row]:
     taken: dict[str, str] = {}
     for where, name, read in found:
         row = _row(where, name, read, path if path.is_dir() else path.parent, shared, taken)
-        taken[row.name] = where
+        taken[row.name.casefold()] = where  # some disks do not tell "Cat" from "cat"
         rows.append(row)
     return rows
 
@@ -166,16 +167,20 @@ def _row(where: str, name: str, read, folder: Path, shared: dict[str, Any], take
         _check_counts(args)
         return Row(where, wanted, args)
     except ValueError as error:
-        while name in taken:  # what went wrong has to stand somewhere
+        while name.casefold() in taken:  # what went wrong has to stand somewhere
             name += "_"
         return Row(where, name, None, str(error))
 
 
 def _check_name(name: str, taken: dict[str, str]) -> None:
-    if name in taken:
-        raise ValueError(f"`name` {name!r} is that of {taken[name]} too: give each row its own.")
+    if name.casefold() in taken:
+        raise ValueError(f"`name` {name!r} is that of {taken[name.casefold()]} too: give each row its own.")
     if name.startswith(".") or set(name) & set('/\\:*?"<>|') or name.lower().endswith((".png", ".csv")):
         raise ValueError(f"`name` {name!r} cannot be a folder's: use letters, digits, - and _.")
+    if not name.isprintable():
+        raise ValueError(f"`name` {name!r} cannot be a folder's: it holds a character that nobody can see.")
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"`name` '{name[:20]}...' has {len(name.encode())} bytes: shorten it to {LONGEST_NAME}.")
 
 
 def _check_counts(args: argparse.Namespace) -> None:
