@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -372,6 +374,67 @@ def test_broken_off_while_a_file_is_written_it_goes_on(tiny_model, data, tmp_pat
         assert pictures(out) == pictures(tmp_path / "whole")
         assert without_seconds(table(out)) == without_seconds(table(tmp_path / "whole"))
         assert {path.name for path in (out / "00001").iterdir()} == {"edited.png", "run.json"}
+
+
+def test_of_a_changed_row_that_was_broken_off_neither_version_is_done(tiny_model, data, tmp_path, monkeypatch, counted):
+    """Its new picture is there, the record is not: also after it is changed back."""
+    out, unlink = tmp_path / "out", Path.unlink
+    former = write_rows(data, [{"image": "p0.png"}])
+    assert main(command(former, tiny_model, out)) == 0
+    whole = pictures(out)
+
+    def replace(source, target):
+        if target.name == "run.json":
+            raise Killed
+        os.rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", replace)
+        patched.setattr(Path, "unlink", lambda path, **how: None if path.suffix == ".tmp" else unlink(path, **how))
+        with pytest.raises(Killed):
+            main(command(write_rows(data, [{"image": "p0.png", "guidance_scale": 7}]), tiny_model, out))
+    assert pictures(out) != whole
+    for row in ({"image": "p0.png"}, {"image": "p0.png", "guidance_scale": 7}):
+        assert not any(job.is_done() for job in jobs_of(write_rows(data, [row]), tiny_model, out))
+    assert main(command(write_rows(data, [{"image": "p0.png"}]), tiny_model, out)) == 0 and pictures(out) == whole
+
+
+class Two:
+    """accelerate's state in the first of two processes."""
+
+    is_main_process = True
+
+    def wait_for_everyone(self):
+        pass
+
+    @contextmanager
+    def split_between_processes(self, inputs):
+        yield inputs[: (len(inputs) + 1) // 2]
+
+
+def test_the_main_process_returns_when_the_others_are_done(tmp_path):
+    """An error of before that nobody has tried again yet does not count, nor does what was done before."""
+    jobs = [spread.Job(k, tmp_path / str(k) / "run.json", lambda k=k: {"k": k}) for k in range(5)]
+    files.write_json(jobs[0].record, {"k": 0})
+    files.write_json(jobs[4].record, {"error": "of before"})
+    done = []
+
+    def others():
+        for job in jobs[3:]:
+            time.sleep(0.3)
+            files.write_json(job.record, {"k": job.task})
+
+    def work(mine):
+        for job in mine:
+            files.write_json(job.record, {"k": job.task})
+            done.append(job.task)
+            yield job
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    assert spread.spread(jobs, work, Two()) == 1
+    assert done == [1, 2] and all(job.is_done() for job in jobs)
+    thread.join()
 
 
 def jobs_of(rows, model, out):
