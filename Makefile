@@ -72,9 +72,9 @@ bench-engine: $(VENV)/bench
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The page's tests, in a browser.
+# The page's tests, in a browser; with ALL=1 the one of a minute, too.
 test-app: $(VENV)/test-app browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m app tests/test_app.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'app$(if $(ALL),, and not slow)' tests/test_app.py
 
 # The one that is there, or Debian's Chromium.
 ROOTLY = $(if $(filter-out 0,$(shell id -u)),sudo)

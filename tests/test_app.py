@@ -284,6 +284,7 @@ def test_a_mask_from_a_file_and_from_a_click(visit, tmp_path):
     assert abs(x.mean() / size[0] - 0.5) < 0.02 and abs(y.mean() / size[1] - 0.5) < 0.02
 
 
+@pytest.mark.slow
 def test_two_at_once_get_their_own(visit, studio, tmp_path):
     pages, places = [visit(), visit()], (0, 3)
     for page, number in zip(pages, places):
