@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 from mde_edit.tools import batch, files, spread
+from mde_edit.tools import edit as edit_tool
 from mde_edit.tools.cache import InversionCache
 from mde_edit.tools.cli import main
 from mde_edit.tools.rows import read_rows
@@ -274,6 +276,21 @@ def test_a_cache_that_cannot_be_written_costs_no_row(tiny_model, data, tmp_path,
         patched.setattr(os, "utime", lambda *_: (_ for _ in ()).throw(PermissionError))
         assert main(command(file, tiny_model, tmp_path / "three", "--cache", str(full))) == 0
     assert counted["inversions"] == 4 and pictures(tmp_path / "one") == pictures(tmp_path / "three")
+
+
+def test_another_version_of_this_package_inverts_again(tiny_model, data, tmp_path, counted, monkeypatch):
+    """The cache, which outlives an --out, tells them apart; a clone that nobody installed works, too."""
+
+    def none(name):
+        raise PackageNotFoundError(name)
+
+    file, cache = write_rows(data, [{"image": "p0.png"}]), str(tmp_path / "cache")
+    for number, own in enumerate((None, lambda name: "99.0", none)):
+        if own is not None:
+            monkeypatch.setattr(edit_tool, "version", own)
+        out = tmp_path / str(number)
+        assert main(command(file, tiny_model, out, "--cache", cache)) == 0 and counted["inversions"] == number + 1
+    assert json.loads((out / "00001" / "run.json").read_text())["versions"]["mde_edit"] == "not installed"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -61,7 +60,7 @@ def inversion_key(request: Request, pipe: MDEEditPipeline, model: str) -> str:
         "settings": inversion_settings(args),
         "model": model,
         "device": pipe.device.type,
-        "versions": {**versions(), "mde_edit": version("mde-edit")},
+        "versions": versions(),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 

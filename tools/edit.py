@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +322,12 @@ def used_settings(args: argparse.Namespace, inversion: Inversion) -> dict[str, A
 
 def versions() -> dict[str, str]:
     """Of what the figures depend on."""
+    try:
+        own = version("mde-edit")
+    except PackageNotFoundError:  # imported from a clone's parent folder
+        own = "not installed"
     return {
+        "mde_edit": own,
         "python": platform.python_version(),
         **{m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
     }
