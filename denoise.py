@@ -30,15 +30,15 @@ from .prompts import TokenAlignment, WordKey
 
 
 CCL_FORMS = ("token_ratio", "spatial_ratio", "both")
+_LITERAL = {"optimization_iterations": 15, "optimization_threshold": 1.0, "max_update": None}
 # Named settings of an edit: `pipe(prompt, inversion, object_masks=..., **pipe.presets["paper"])`.
 PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's text: Eq. 6 alone, lambda_2 = 1.25, no trust cap.
-    "paper": {"ccl_form": "token_ratio", "ccl_weight": 1.25, "max_update": None},
+    # The paper's text: Eq. 6 alone, lambda_2 = 1.25, 15 iterations for every word, no trust cap.
+    "paper": {"oal_weight": 1.0, "ccl_form": "token_ratio", "ccl_weight": 1.25, **_LITERAL},
     # What the official code computes: an object loss without gradient, the spatial ratio at its hard-coded weight.
-    "released": {"oal_weight": 0.0, "ccl_form": "spatial_ratio", "ccl_weight": 1.5, "max_update": None},
-    # The paper's weight in larger steps: as much as three times the iterations of the defaults where attention is
-    # diluted, and fewer edits where it is sharp (benchmarks/RESULTS.md).
-    "strong": {"ccl_weight": 1.25, "max_update": 0.05, "optimization_iterations": 5},
+    "released": {"oal_weight": 0.0, "ccl_form": "spatial_ratio", "ccl_weight": 1.5, **_LITERAL},
+    # Every word in small steps, which cost no edit either where the model looks in the right places by itself.
+    "gentle": {"ccl_weight": 0.3, "max_update": 0.02, "optimization_threshold": 1.0},
     # More iterations did not pay in emoji-bench (benchmarks/tuning.md), nor more steps than 10 of a "direct" inversion.
     "fast": {"optimization_iterations": 2},
 }
@@ -64,13 +64,13 @@ class Settings:
     cross_replace_steps: float = _setting(0.8, 0, 1)
     self_replace_steps: float = _setting(0.5, 0, 1)
     oal_weight: float = _setting(1.0, 0)
-    ccl_weight: float = _setting(0.3, 0)
+    ccl_weight: float = _setting(1.25, 0)
     ccl_form: str = _setting("both", choices=CCL_FORMS)
     optimization_steps: float = _setting(0.4, 0, 1)
-    optimization_iterations: int = _setting(15, 0)
-    optimization_tolerance: float = _setting(0.0, 0)
+    optimization_iterations: int = _setting(5, 0)
+    optimization_threshold: float = _setting(0.6, 0, 1)
     step_size: float = _setting(1.0, 0)
-    max_update: float | None = _setting(0.02, 0)
+    max_update: float | None = _setting(0.05, 0)
     outside_attention: float = _setting(1.0, 0, 1)
     attention_resolution: int | None = _setting(None, 1)
     mask_dilation: int | None = _setting(None, 0)
@@ -306,7 +306,8 @@ def guide_latents(
 ) -> tuple[torch.Tensor, list[dict[str, float]], torch.Tensor]:
     r"""
     The latent guidance of one step (Eq. 7-8): z* <- z* - M * clamp(delta * grad(lambda_1 OAL + lambda_2 CCL), -c, c),
-    several times, with delta = step_size * sigma_t and c = max_update * rms(z* in M).
+    several times, with delta = step_size * sigma_t and c = max_update * rms(z* in M). The losses are those of the words
+    that look past their masks before it ([`words_astray`]); where none does, the latents stay.
 
     The cap is element-wise: a global rescale would couple the regions, so that a large object gradient would shrink an
     attribute's step.
@@ -326,14 +327,18 @@ def guide_latents(
     sigma = noise_level(run.scheduler, t)
     count = edit.mask.sum() * latents.shape[1]  # of values in M
     told, first_maps = [], None
-    for iteration in range(settings.optimization_iterations):
+    for _ in range(settings.optimization_iterations):
         with torch.enable_grad():
             latents = latents.detach().requires_grad_()
             lora_scale = run.inversion.lora_scale
             maps = own_maps(run.unet, latents, t, edit.conditioning, inject, run.loss_layers, lora_scale)
+            if first_maps is None:
+                first_maps = maps.detach()
+                edit = words_astray(first_maps, edit, run)
+                if not run.has_losses(edit):
+                    break
             losses = edit_losses(maps, shared_attention, edit, settings)
             grad = gradient(losses["loss"], latents, dtype)
-        first_maps = maps.detach() if first_maps is None else first_maps
         latents = latents.detach()
         update, capped = settings.step_size * sigma * grad, count.new_zeros(())
         if settings.max_update is not None:
@@ -344,10 +349,6 @@ def guide_latents(
         finite = torch.isfinite(losses["loss"]) & torch.isfinite(grad).all()
         scalars = {"capped": capped, **losses, "finite": finite}
         told.append({name: value.detach() for name, value in scalars.items()})
-        # Only a tolerance looks at the loss now: reading a number makes a GPU wait for it.
-        if settings.optimization_tolerance and iteration:
-            if (told[-2]["loss"] - told[-1]["loss"]).abs() < settings.optimization_tolerance:
-                break
     history = read_history(told)
     bad = next((entry for entry in history if not entry.pop("finite")), None)
     if bad:
@@ -355,11 +356,41 @@ def guide_latents(
             f"The latent guidance left the finite numbers at timestep {int(t)}, iteration {bad['iteration']} (loss"
             f" {bad['loss']}). Lower `step_size` or `max_update`, or load the U-Net in float32."
         )
-    return latents, history, first_maps
+    return latents.detach(), history, first_maps
+
+
+def words_astray(maps: torch.Tensor, edit: Edit, run: Run) -> Edit:
+    """`edit` with the regions alone of which at most `optimization_threshold` of the word's attention (Eq. 4) lies on
+    pixels that the mask touches, and whose loss has a weight. At 1 these are all. A word that looks everywhere alike
+    has a share as large as its mask.
+
+    Args:
+        maps: (heads, pixels, tokens), A* of the loss layers.
+    """
+    settings, size = run.settings, run.loss_layers[0].size
+    if settings.optimization_threshold == 1:
+        return edit
+    objects = edit.objects if settings.oal_weight else ()
+    attributes = edit.attributes if settings.ccl_weight else ()
+    regions = (*objects, *attributes)
+    attention = torch.stack([aggregate_maps(maps, region.token_indices) for region in regions])  # (regions, pixels)
+    inside = attention * torch.stack([region.shares[size] > 0 for region in regions])
+    share = inside.sum(dim=-1) / attention.sum(dim=-1)
+    # The one number that a step's guidance reads before it: a GPU is waited for once, not in every iteration.
+    # "Not more", so that what is no number is guided, and found there.
+    astray = (~(share > settings.optimization_threshold)).tolist()
+    kept = [region if there else None for region, there in zip(regions, astray)]
+    return replace(
+        edit,
+        objects=[region for region in kept[: len(objects)] if region],
+        attributes=[region for region in kept[len(objects) :] if region],
+    )
 
 
 def read_history(told: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
     """Scalars of every iteration as numbers, read from the device at once."""
+    if not told:
+        return []
     rows = torch.stack([torch.stack([value.float() for value in entry.values()]) for entry in told]).tolist()
     return [{"iteration": k, **dict(zip(entry, row))} for k, (entry, row) in enumerate(zip(told, rows))]
 

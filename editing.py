@@ -76,7 +76,8 @@ class MDEEditPipelineOutput(BaseOutput):
             `(guided steps, 2, h, w)`: its aggregated map (Eq. 4) before and after each step's latent guidance.
         losses (`list[list[dict]]`):
             Per prompt, one entry per iteration of the latent guidance: `step`, `iteration`, the weighted `loss`, the
-            bare `oal` and `ccl`, and `capped`, the share of latent values whose update the trust cap cut.
+            bare `oal` and `ccl` of the words it guides, and `capped`, the share of latent values whose update the trust
+            cap cut. A step that guides no word has no entry.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -1038,7 +1039,7 @@ class EditsPictures(ReadsPrompts):
         ccl_form: str = Settings.ccl_form,
         optimization_steps: float = Settings.optimization_steps,
         optimization_iterations: int = Settings.optimization_iterations,
-        optimization_tolerance: float = Settings.optimization_tolerance,
+        optimization_threshold: float = Settings.optimization_threshold,
         step_size: float = Settings.step_size,
         max_update: float | None = Settings.max_update,
         outside_attention: float = Settings.outside_attention,
@@ -1099,21 +1100,23 @@ class EditsPictures(ReadsPrompts):
                 in the paper; in its code. Lower it when shapes should change.
             oal_weight (`float`, defaults to 1.0):
                 lambda_1 of Eq. 7.
-            ccl_weight (`float`, defaults to 0.3):
-                lambda_2 of Eq. 7. The paper's is 1.25, for Eq. 6 alone.
+            ccl_weight (`float`, defaults to 1.25):
+                lambda_2 of Eq. 7.
             ccl_form (`str`, defaults to `"both"`):
                 `"token_ratio"` is Eq. 6, which asks for attention inside the mask and has no gradient outside it;
                 `"spatial_ratio"` is what the official code computes, which pulls attention in from outside; `"both"` is
                 their sum.
             optimization_steps (`float`, defaults to 0.4):
                 Share of the steps, from the first, with latent guidance (Eq. 7).
-            optimization_iterations (`int`, defaults to 15):
-                Latent updates per such step.
-            optimization_tolerance (`float`, defaults to 0.0):
-                End a step's updates when the loss changes by less than this.
+            optimization_iterations (`int`, defaults to 5):
+                Latent updates per such step. The paper's are 15, without the cap of `max_update`.
+            optimization_threshold (`float`, defaults to 0.6):
+                A step guides a word only if at most this share of its attention lies on pixels that its mask touches,
+                looked at once, before the step's first update; a step without such a word leaves the latents as they
+                are. 1 guides every word, as in the paper, and is what a mask of most of the picture needs.
             step_size (`float`, defaults to 1.0):
                 delta of Eq. 7 in units of sigma_t.
-            max_update (`float`, *optional*, defaults to 0.02):
+            max_update (`float`, *optional*, defaults to 0.05):
                 Trust cap: an update changes no latent value by more than this times the latents' RMS inside the masks.
                 `None`: no cap, as in the official code.
             outside_attention (`float`, defaults to 1.0):

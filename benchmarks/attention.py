@@ -1,4 +1,4 @@
-"""Where the edited words look, under each of Table 2's settings (the paper's Fig. 7b).
+"""Where the edited words look, under each of Table 2's settings with every word guided, gently (the paper's Fig. 7b).
 
 python -m benchmarks.attention --cases bench_out/test/cases --case overlap_twin_00 --out bench_out/attention.png
 python -m benchmarks.attention --cases bench_out/dev/cases --limit 1
@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from mde_edit.denoise import PRESETS
 from mde_edit.masks import resize_mask
 from tqdm import tqdm
 
@@ -28,6 +29,8 @@ SETTINGS = ("none", "oal", "ccl", "both")
 def word_maps(pipe, case: Case, name: str, steps: int) -> tuple[np.ndarray, dict]:
     """The edited picture, and word -> its map (h, w), mean over the guided steps after each one's guidance."""
     settings = dict(METHODS[name].settings)
+    unused = {loss: 0.0 for loss in ("oal_weight", "ccl_weight") if not settings[loss]}
+    settings |= PRESETS["gentle"] | unused
     settings.pop("masks")  # the case's
     inversion = invert(pipe, case, steps, settings.pop("inversion"), settings.pop("guidance_scale"))
     out = pipe(

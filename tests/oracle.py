@@ -83,12 +83,23 @@ def naive_edit(
             z_source = inversion.latents[i : i + 1]
             sigma = ((1 - alphas[t]) / alphas[t]).sqrt()
             if i < round(settings["optimization_steps"] * n):
+                guided = None
                 for _ in range(settings["optimization_iterations"]):
                     run("source", z_source, t, source_embeds)
                     z = z.detach().requires_grad_()
                     run("target", z, t, target_embeds)
+                    if guided is None:
+                        maps = sum(tape.own[name].mean(0) for name in loss_names).detach()  # (pixels, tokens)
+                        guided = []
+                        for region in regions:
+                            _, tokens, soft, _ = region
+                            look = maps[:, list(tokens)].sum(1)
+                            if look[soft > 0].sum() <= settings["optimization_threshold"] * look.sum():
+                                guided.append(region)
+                    if not guided:
+                        break
                     loss = 0
-                    for kind, tokens, soft, binary in regions:
+                    for kind, tokens, soft, binary in guided:
                         own = [tape.own[name][..., list(tokens)].sum(-1) for name in loss_names]
                         if kind == "object":
                             s = sum(m.mean(0) for m in own) / len(own)

@@ -76,7 +76,7 @@ def test_guidance_lowers_the_losses_and_pulls_attention_into_the_masks(pipe, nam
         case["image"], case["source_prompt"], 25, method="direct", guidance_scale=case["guidance_scale"]
     )
     edit = {"object_masks": case["object"], "attribute_masks": case["attribute"], "output_attention_maps": True}
-    guided = pipe(case["prompt"], inversion, optimization_iterations=5, **edit)
+    guided = pipe(case["prompt"], inversion, optimization_threshold=1.0, **edit)
     free = pipe(case["prompt"], inversion, optimization_iterations=0, **edit)
     first, last = guided.losses[0][0], guided.losses[0][-1]
     assert all(last[loss] < first[loss] for loss in ("oal", "ccl") if loss in first)
@@ -110,6 +110,7 @@ def test_the_engine_is_faster_than_the_naive_algorithm(pipe, capsys):
         "ccl_form": "token_ratio",
         "optimization_steps": 0.4,
         "optimization_iterations": 15,
+        "optimization_threshold": 1.0,
         "step_size": 1.0,
         "max_update": 0.05,
         "background_blend": 0.3,

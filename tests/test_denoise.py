@@ -19,6 +19,7 @@ SETTINGS = {
     "ccl_weight": 1.25,
     "optimization_steps": 0.6,
     "optimization_iterations": 2,
+    "optimization_threshold": 1.0,
     "step_size": 1.0,
     "max_update": 0.05,
     "background_blend": 0.4,
@@ -27,8 +28,8 @@ SETTINGS = {
 DOG, RED = 2, 5
 
 
-@pytest.mark.parametrize("ccl_form,outside", [("token_ratio", 1.0), ("both", 0.25)])
-def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form, outside):
+@pytest.mark.parametrize("ccl_form,outside,threshold", [("token_ratio", 1.0, 1.0), ("both", 0.25, 0.11)])
+def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form, outside, threshold):
     h, w = inversion.latents.shape[-2:]
     layers = attention_layers(pipe.unet, (h, w))
     loss_layers = [layer for layer in layers if layer.is_cross and layer.size == (h, w)]
@@ -53,7 +54,7 @@ def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form, out
         dilate_mask(((soft[0] + soft[1]) > 0).float(), 1),
         [layer.name for layer in loss_layers],
         {layer.name for layer in layers if not layer.is_cross and layer.pixels <= h * w // 4},
-        {**SETTINGS, "ccl_form": ccl_form},
+        {**SETTINGS, "ccl_form": ccl_form, "optimization_threshold": threshold},
         kept=kept,
     )
     out = pipe(
@@ -64,7 +65,7 @@ def test_engine_equals_the_naive_algorithm(pipe, inversion, masks, ccl_form, out
         ccl_form=ccl_form,
         outside_attention=outside,
         output_type="latent",
-        **SETTINGS,
+        **{**SETTINGS, "optimization_threshold": threshold},
     )
     assert (out.images - expected).abs().max() < 1e-4
     # The comparison has teeth only if the guidance moved the latents by far more than that.
@@ -122,14 +123,15 @@ class Readings(TorchDispatchMode):
 
 
 def test_iterations_do_not_wait_for_the_device(pipe, inversion, masks):
+    """Nor do those at a threshold: it is looked at once a step."""
     counts, one_step = [], {"optimization_steps": 0.2, "cross_replace_steps": 0.2, "self_replace_steps": 0.0}
-    for iterations, tolerance in ((1, 0.0), (3, 0.0), (3, 1e-9)):
-        settings = {**one_step, "optimization_iterations": iterations, "optimization_tolerance": tolerance}
+    for iterations, threshold in ((1, 1.0), (3, 1.0), (1, 0.9), (3, 0.9)):
+        settings = {**one_step, "optimization_iterations": iterations, "optimization_threshold": threshold}
         with Readings() as readings:
             out = pipe(TARGET, inversion, object_masks={"dog": masks[0]}, attribute_masks={"red": masks[1]}, **settings)
         assert {entry["iteration"] for entry in out.losses[0]} == set(range(iterations))
         counts.append(readings.count)
-    assert counts[0] == counts[1] < counts[2]
+    assert counts[0] == counts[1] and counts[2] == counts[3]
 
 
 def test_several_prompts_share_the_source_pass(pipe, inversion, masks):

@@ -110,8 +110,12 @@ def test_the_table_says_what_is_met(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "seconds_of", lambda scene, kind, repeats: 2.0)
     engine.main(["--out", str(tmp_path / "engine.md")])
     text = (tmp_path / "engine.md").read_text()
-    assert "| guidance loop | 1.000 | 1.000 | 1.000 | 0.40, 0.5 | FLOPs **no**, peak **no**, seconds yes |" in text
-    assert f"| an edit, inverted before | {391 / 451:.3f} | " in text
+    for loop, ratio, met in (("guidance loop", "0.333", "yes"), ("guidance loop, 15 iterations", "1.000", "**no**")):
+        met = f"FLOPs {met}, peak **no**, seconds yes"
+        assert f"| {loop} | {ratio} | {ratio} | 1.000 | 0.40, 0.5 | {met} |" in text
+    assert f"| an edit, inverted before | {191 / 451:.3f} | " in text
+    assert f"| an edit, inverted before, 15 iterations | {391 / 451:.3f} | " in text
+    assert f"| an edit, inverted before, 15 iterations, official | {391 / 501:.3f} | " in text
     assert "| naive edit | 451.0 | 902.0 | 1.00 | 300 naive iteration, 150 naive pass, 1 decode |" in text
 
 

@@ -140,7 +140,7 @@ ANYTHING = st.one_of(
 NAMES = """
     prompt inversion image source_prompt object_masks attribute_masks num_inference_steps inversion_method
     guidance_scale cross_replace_steps self_replace_steps oal_weight ccl_weight ccl_form optimization_steps
-    optimization_iterations optimization_tolerance step_size max_update attention_resolution mask_dilation
+    optimization_iterations optimization_threshold step_size max_update attention_resolution mask_dilation
     background_blend eta generator output_type callback_on_step_end callback_on_step_end_tensor_inputs latents surprise
     negative_prompt prompt_embeds negative_prompt_embeds source_prompt_embeds height width num_images_per_prompt
     guidance_rescale cross_attention_kwargs clip_skip

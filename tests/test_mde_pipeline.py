@@ -56,11 +56,12 @@ def test_without_masks_it_is_prompt_to_prompt(edit, inversion, pipe):
         {"cross_replace_steps": 0.2},
         {"self_replace_steps": 0.0},
         {"oal_weight": 0.0},
-        {"ccl_weight": 1.25},
+        {"ccl_weight": 0.3},
         {"ccl_form": "spatial_ratio"},
         {"ccl_form": "token_ratio"},
         {"optimization_steps": 0.2},
         {"optimization_iterations": 1},
+        {"optimization_threshold": 0.0},
         {"step_size": 0.1},
         {"max_update": 0.005},
         {"max_update": None},
@@ -80,9 +81,39 @@ def test_every_parameter_changes_the_result(edit, plain, change):
     assert (edit(**change).images - plain).abs().max() > 1e-4
 
 
-def test_a_tolerance_ends_the_iterations_of_a_step(edit):
-    plain, short = (edit(optimization_iterations=3, optimization_tolerance=tolerance) for tolerance in (0.0, 1e9))
-    assert len(short.losses[0]) < len(plain.losses[0]) and not torch.equal(short.images, plain.images)
+def shares_inside(out, masks):
+    """Of the maps before each guided step, the share on pixels that the mask touches: {word: (guided steps,)}."""
+    found = {}
+    for word, mask in zip(("dog", "red"), masks):
+        touched = resize_mask(torch.from_numpy(mask) > 0, LATENTS) > 0
+        maps = out.attention_maps[0][word][:, 0]
+        found[word] = (maps * touched).sum((-1, -2)) / maps.sum((-1, -2))
+    return found
+
+
+def test_only_words_that_look_past_their_masks_are_guided(edit, pipe, masks):
+    """Both at 1; neither at 0, and then one short pass per guided step is all that it costs; between their shares the
+    one that has less of its attention inside."""
+    one = {"optimization_steps": 0.2, "output_attention_maps": True}
+    out = edit(optimization_threshold=1.0, **one)
+    assert {"oal", "ccl"} <= out.losses[0][0].keys()
+    shares = {word: float(share) for word, share in shares_inside(out, masks).items()}
+    assert abs(shares["dog"] - shares["red"]) > 0.02  # the middle lies between them
+    between = sum(shares.values()) / 2
+    kept, dropped = ("oal", "ccl") if shares["dog"] < shares["red"] else ("ccl", "oal")
+    some = edit(optimization_threshold=between, **one)
+    assert all(kept in entry and dropped not in entry for entry in some.losses[0]) and len(some.losses[0]) == 2
+    weights = {"oal_weight": 0.0} if dropped == "oal" else {"ccl_weight": 0.0}
+    assert torch.equal(some.images, edit(optimization_threshold=1.0, **weights, **one).images)
+    with count_unet_calls(pipe.unet) as calls:
+        none = edit(optimization_threshold=0.0)
+    assert none.losses == [[]] and calls["batch 1"] == 4 + 2
+    assert torch.equal(none.images, edit(optimization_iterations=0).images)
+
+
+def test_maps_before_and_after_are_told_of_a_step_that_guides_no_word(edit):
+    maps = edit(optimization_threshold=0.0, output_attention_maps=True).attention_maps[0]
+    assert all(map_.shape == (2, 2, *LATENTS) and torch.allclose(map_[:, 0], map_[:, 1]) for map_ in maps.values())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -98,8 +129,7 @@ def test_noise_comes_from_the_generator(edit):
 
 
 def test_guidance_lowers_the_losses_and_raises_the_share_inside(edit, masks):
-    # at the paper's weights: with less for CCL the object may gain at the attribute's cost
-    out = edit(optimization_iterations=8, output_attention_maps=True, optimization_steps=0.4, ccl_weight=1.25)
+    out = edit(optimization_iterations=8, output_attention_maps=True, optimization_steps=0.4)
     for step in {entry["step"] for entry in out.losses[0]}:
         losses = [entry for entry in out.losses[0] if entry["step"] == step]
         assert losses[-1]["loss"] < losses[0]["loss"]
@@ -114,7 +144,7 @@ def test_guidance_lowers_the_losses_and_raises_the_share_inside(edit, masks):
 def test_the_loss_history_is_complete(edit):
     history = edit().losses[0]
     assert [(e["step"], e["iteration"]) for e in history] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert all(np.isclose(e["loss"], e["oal"] + 0.3 * e["ccl"]) and 0 <= e["capped"] <= 1 for e in history)
+    assert all(np.isclose(e["loss"], e["oal"] + 1.25 * e["ccl"]) and 0 <= e["capped"] <= 1 for e in history)
     assert "ccl" not in edit(attribute_masks=None).losses[0][0]
 
 
@@ -129,8 +159,9 @@ def test_no_losses_means_no_guidance_passes(edit, pipe, weights):
 
 def test_a_shared_word_with_a_mask_keeps_its_own_map(edit):
     """'hat' stands in both prompts; as an edited word it must not be overwritten by the source's map."""
-    assert edit(object_masks={"hat": np.ones((HEIGHT, WIDTH), bool)}).losses[0][0]["oal"] > 0
-    a, b = (edit(object_masks={"hat": np.ones((HEIGHT, WIDTH), bool)}, oal_weight=w).images for w in (0.0, 5.0))
+    hat = {"object_masks": {"hat": np.ones((HEIGHT, WIDTH), bool)}, "optimization_threshold": 1.0}
+    assert edit(**hat).losses[0][0]["oal"] > 0
+    a, b = (edit(**hat, oal_weight=w).images for w in (0.0, 5.0))
     assert (a - b).abs().max() > 1e-3
 
 
@@ -404,7 +435,7 @@ def bad_mask(value=None, shape=(HEIGHT, WIDTH)):
         ({"step_size": "big"}, "`step_size`"),
         ({"max_update": -1}, "`max_update`"),
         ({"mask_dilation": 0.5}, "`mask_dilation`"),
-        ({"optimization_tolerance": None}, "`optimization_tolerance`"),
+        ({"optimization_threshold": 1.5}, "`optimization_threshold` is 1.5: use a number from 0 to 1"),
         ({"guidance_scale": 0.5}, "`guidance_scale` is 0.5"),
         ({"eta": 2}, "`eta`"),
         ({"ccl_form": "eq6"}, "choose one of 'token_ratio', 'spatial_ratio', 'both'"),

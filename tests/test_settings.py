@@ -26,7 +26,7 @@ def test_a_default_is_told_once():
     (commands,) = (action for action in build_parser()._actions if action.dest == "command")
     flags = {action.dest: action for action in commands.choices["edit"]._actions}
     assert {name: flags[name].help for name in defaults} == {n: f"(default: {v})".lower() for n, v in defaults.items()}
-    own = {"inversion": "direct", "guidance_scale": 2.5, "optimization_iterations": 5, "masks": "drawn"}
+    own = {"inversion": "direct", "guidance_scale": 2.5, "masks": "drawn"}
     assert METHODS["mde"].settings == {**defaults, **own}
 
 

@@ -218,7 +218,7 @@ def test_no_two_words_share_a_file(words):
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"method": "null_text", "steps": 2, "seed": 3, "eta": 0.5, "max_update": None, "ccl_weight": 1.25}]
+    "changed", [{}, {"method": "null_text", "steps": 2, "seed": 3, "eta": 0.5, "max_update": None, "ccl_weight": 0.3}]
 )
 def test_the_script_and_the_command_say_the_same_edit(
     studio, components, picture, regions, changed, tmp_path, monkeypatch

@@ -29,7 +29,7 @@ from .edit import Edited, Request, as_rgb, report
 from .edit import Regions as CommandRegions
 from .measure import as_array, psnr
 from .options import OPTIONS, parse_region
-from .sheet import attention_panels, plot_losses
+from .sheet import UNGUIDED, attention_panels, plot_losses
 from .studio import (
     ATTRIBUTE,
     OBJECT,
@@ -162,21 +162,21 @@ def presets(embedded: bool) -> dict[str, dict[str, Any]]:
     """Settings by name. The embedded model is small and wants fewer steps and less guidance (benchmarks/tuning.md)."""
     usual = {name: OPTIONS["edit"][name].default for name in SHOWN} | {"method": "direct", "guidance_scale": 7.5}
     if embedded:
-        usual |= {"steps": 20, "guidance_scale": 2.5, "optimization_iterations": 5}
+        usual |= {"steps": 20, "guidance_scale": 2.5}
     null_text = {"method": "null_text", "steps": 50} | ({"guidance_scale": 1.5} if embedded else {})
     return {
         "usual": usual,
-        "strong": {**usual, **PRESETS["strong"]},
+        "gentle": {**usual, **PRESETS["gentle"]},
         "fast": {**usual, "steps": 10, **PRESETS["fast"]},
-        "paper": {**usual, **null_text, "optimization_iterations": 15, **PRESETS["paper"]},
-        "released": {**usual, **null_text, "optimization_iterations": 15, **PRESETS["released"]},
+        "paper": {**usual, **null_text, **PRESETS["paper"]},
+        "released": {**usual, **null_text, **PRESETS["released"]},
     }
 
 
 PRESET_HELP = (
-    "usual: direct inversion, all of the guidance · strong: larger steps, for models that look past their words' places"
-    " · fast: fewer steps and iterations · paper: its text, null-text inversion included (minutes) · released: what the"
-    " official code computes"
+    "usual: direct inversion, guidance of the words that look past their regions · gentle: of every word, in small"
+    " steps · fast: fewer steps and iterations · paper: its text, null-text inversion included (minutes) · released:"
+    " what the official code computes"
 )
 
 
@@ -644,7 +644,7 @@ class Page:
             plot_losses(losses.subplots(), output.losses[0])
         python, command = as_python(request.args), as_command(request.args)
         return {
-            self.edit_status: f"Edited in {seconds:.1f} s.",
+            self.edit_status: f"Edited in {seconds:.1f} s." + ("" if output.losses[0] else f" {UNGUIDED}"),
             self.result: side_by_side(session.picture, edited),
             self.maps: attention_panels(session.picture, edited, output.attention_maps[0]),
             self.losses: gr.Plot(losses, visible=losses is not None),
@@ -706,7 +706,7 @@ class Page:
             prompt: What it should show, the same sentence with other words, e.g. "a dog wearing a red hat".
             objects: New objects and where each goes, "dog=word:cat; ball=box:10,20,90,120": where the cat is, or a box.
             attributes: New colors or textures, likewise, e.g. "red=word:straw hat".
-            preset: "usual", "strong", "fast", "paper" or "released".
+            preset: "usual", "gentle", "fast", "paper" or "released".
         """
         try:
             check_setting("preset", preset, str, choices=tuple(self.presets))

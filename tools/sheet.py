@@ -21,11 +21,15 @@ def overlay(image: PIL.Image.Image, heat: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.blend(image.convert("L").convert("RGB"), heat_image.resize(image.size, PIL.Image.BICUBIC), 0.65)
 
 
+# Where there are no losses to show.
+UNGUIDED = "No word was guided: each looks into its mask, or no loss is asked for."
+
+
 def plot_losses(axis, losses: Sequence[dict[str, float]]) -> None:
     """The bare losses of an edit over the iterations of its guidance."""
     for name, label in (("oal", "OAL"), ("ccl", "CCL")):
-        values = [entry[name] for entry in losses if name in entry]
-        if values:
+        if any(name in entry for entry in losses):
+            values = [entry.get(name, float("nan")) for entry in losses]  # a step may guide words of one kind alone
             axis.plot(values, label=label, linewidth=1)
     axis.set_title("losses per guidance iteration", fontsize=8)
     axis.tick_params(labelsize=7)
@@ -71,10 +75,12 @@ def draw_sheet(path: Path, source, output, masks: Sequence, source_prompt: str, 
         for axis, (image, title) in zip(row, panels):
             axis.imshow(image, interpolation="nearest")
             axis.set_title(title, fontsize=8)
+    axis = axes[1, len(attention)]
     if output.losses[0]:
-        axis = axes[1, len(attention)]
         axis.axis("on")
         plot_losses(axis, output.losses[0])
+    else:
+        axis.text(0.5, 0.5, textwrap.fill(UNGUIDED, 36), ha="center", va="center", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -84,7 +84,7 @@ CEILING = "ideal_vae"  # the best that an edit of latents can do
 DIRECT = {"inversion": "direct", "guidance_scale": 2.5}
 NULL_TEXT = {"inversion": "null_text", "guidance_scale": 1.5}
 DEFAULTS = asdict(Settings())
-MDE = {**DIRECT, **DEFAULTS, "optimization_iterations": 5, "masks": "drawn"}
+MDE = {**DIRECT, **DEFAULTS, "masks": "drawn"}
 KNOBS = {
     "inversion": ("direct", "null_text"),
     "guidance_scale": (1.5, 2.5, 4.0),
@@ -106,7 +106,7 @@ METHODS = {
     "mde": Method(
         mde,
         "masks",
-        "this project's defaults, at the embedded model's guidance scale and iterations",
+        "this project's defaults, at the embedded model's guidance scale",
         MDE,
         {
             "guidance_scale": (2.5, 4.0, 6.0),
