@@ -7,6 +7,7 @@ step, [`guide_latents`] its gradient descent.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -379,11 +380,10 @@ def words_astray(maps: torch.Tensor, edit: Edit, run: Run) -> Edit:
     # The one number that a step's guidance reads before it: a GPU is waited for once, not in every iteration.
     # "Not more", so that what is no number is guided, and found there.
     astray = (~(share > settings.optimization_threshold)).tolist()
-    kept = [region if there else None for region, there in zip(regions, astray)]
     return replace(
         edit,
-        objects=[region for region in kept[: len(objects)] if region],
-        attributes=[region for region in kept[len(objects) :] if region],
+        objects=list(compress(objects, astray)),
+        attributes=list(compress(attributes, astray[len(objects) :])),
     )
 
 
