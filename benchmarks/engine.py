@@ -59,7 +59,8 @@ TOKENS = 77  # of a prompt
 NEW = (2, 5)  # those that the two prompts do not share: the object's and the attribute's
 PROGRAMS = ("sample", "edit", "naive edit", "null_text", "naive null_text", "negative_prompt", "direct")
 GUIDANCE_SCALE, INNER_STEPS = 7.5, 10
-AS_OFTEN = {"optimization_iterations": 15, "optimization_threshold": 1.0}  # as the paper and the official program guide
+# As often as the paper guides.
+AS_OFTEN = {name: PRESETS["paper"][name] for name in ("optimization_iterations", "optimization_threshold")}
 LATENT_SIZE = (64, 64)
 REPEATS = 3
 TERA, GIB = 1e12, 2**30
