@@ -87,7 +87,7 @@ def select_loss_layers(layers: Sequence[AttentionLayer], resolution: int | None 
 
 @dataclass(frozen=True)
 class Record:
-    """Source pass (batch 1): keep what the edit will need. The dictionaries are filled by the pass.
+    """Source pass (batch 1): keep what the edits will need. The dictionaries are filled by the pass.
 
     cross: layer name -> (heads, pixels, tokens) fp32, the probabilities A of Eq. 2.
     self_qk: layer name -> query and key, each (1, heads, pixels, head_dim).
@@ -97,6 +97,7 @@ class Record:
     self_layers: frozenset
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
     self_qk: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    rows = 1  # of the pass, that this is about
 
     def reads(self, name: str) -> bool:
         return name in self.cross_layers or name in self.self_layers
@@ -104,17 +105,20 @@ class Record:
 
 @dataclass(frozen=True)
 class Inject:
-    """Target pass: take the source's attention where the prompts agree (Eq. 3). Acts on the last row of the batch.
+    """Target pass: take the source's attention where the prompts agree (Eq. 3). Acts on the batch's last rows, one per
+    edit of one picture.
 
-    Rows before the last (the unconditional one of classifier-free guidance) are left as they are.
+    Rows before them (the unconditional ones of classifier-free guidance) are left as they are.
 
-    cross: layer name -> (heads, pixels, tokens), the source's maps on the target's shared tokens ([`align_maps`]).
-    shared: (tokens,) bool, the tokens those maps replace; the others keep the target's own map.
-    self_qk: layer name -> the source's query and key; the target's value is weighted by them.
-    capture_layers, captured: layers whose *own* map A* (before injection) the pass puts into `captured`.
+    cross: layer name -> (edits, heads, pixels, tokens), the source's maps on each target's shared tokens
+        ([`align_maps`]).
+    shared: (edits, tokens) bool, the tokens those maps replace; the others keep the target's own map.
+    self_qk: layer name -> the source's query and key; the targets' values are weighted by them.
+    capture_layers, captured: layers whose *own* maps A* (before injection), (edits, heads, pixels, tokens), the pass
+        puts into `captured`.
     exit_after: name of the layer at which the pass ends with [`UNetExit`]: what comes after has no reader.
-    weights: layer name -> (pixels, tokens), by what the target's own map is multiplied where it is kept; without an
-        entry it is kept as it is.
+    weights: layer name -> (edits, 1, pixels, tokens), by what the targets' own maps are multiplied where they are kept;
+        without an entry they are kept as they are.
     """
 
     cross: dict[str, torch.Tensor]
@@ -125,25 +129,46 @@ class Inject:
     exit_after: str | None = None
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> int:
+        return len(self.shared)
+
     def reads(self, name: str) -> bool:
         return name in self.cross or name in self.self_qk or name in self.capture_layers
+
+    def of(self, edits: Sequence[int]) -> "Inject":
+        """The same of some edits alone, in this order."""
+        if list(edits) == list(range(self.rows)):
+            return self
+
+        def pick(maps):
+            return {name: pick_rows(m, edits) for name, m in maps.items()}
+
+        shared = pick_rows(self.shared, edits)
+        return replace(self, cross=pick(self.cross), shared=shared, weights=pick(self.weights))
 
 
 class UNetExit(Exception):
     """Ends a U-Net pass at the last layer anyone reads; caught by whoever asked for it with `Inject.exit_after`."""
 
 
-def align_maps(maps: dict[str, torch.Tensor], alignment: TokenAlignment) -> dict[str, torch.Tensor]:
-    """Source maps (heads, pixels, source tokens) on the target's token positions, zero at its new tokens."""
-    return {name: m[..., alignment.mapper] * alignment.shared for name, m in maps.items()}
+def pick_rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """`tensor[rows]`, without the copy of a list of numbers to the device, which waits for it."""
+    return torch.cat([tensor[k : k + 1] for k in rows])
+
+
+def align_maps(maps: dict[str, torch.Tensor], alignments: Sequence[TokenAlignment]) -> dict[str, torch.Tensor]:
+    """Source maps (heads, pixels, source tokens) on the token positions of each target, zero at its new tokens:
+    (targets, heads, pixels, tokens)."""
+    return {name: torch.stack([m[..., a.mapper] * a.shared for a in alignments]) for name, m in maps.items()}
 
 
 def stack_maps(maps: dict[str, torch.Tensor], layers: Sequence[AttentionLayer]) -> torch.Tensor:
     """The maps of `layers`, which have one size, as the losses read them: every head of every layer is a row.
 
-    {layer name: (heads, pixels, tokens)} -> (layers x heads, pixels, tokens).
+    {layer name: (..., heads, pixels, tokens)} -> (..., layers x heads, pixels, tokens).
     """
-    return torch.cat([maps[layer.name] for layer in layers])
+    return torch.cat([maps[layer.name] for layer in layers], dim=-3)
 
 
 class MDEAttnProcessor:
@@ -194,29 +219,31 @@ class MDEAttnProcessor:
 
     def _self_attention(self, attn, hidden_states, context, split_heads, control):
         """(batch, pixels, channels) -> (batch, heads, pixels, head_dim). Recording keeps query and key of the pass;
-        injecting puts the source's in the place of the last row's, whose value they weight."""
+        injecting puts the source's in the place of each edit's, whose value they weight."""
         value = split_heads(attn.to_v(context))
         if isinstance(control, Record):
             query, key = split_heads(attn.to_q(hidden_states)), split_heads(attn.to_k(context))
             control.self_qk[self.name] = (query, key)
         else:
-            query, key = control.self_qk[self.name]
-            if len(hidden_states) > 1:  # the rows before the last attend by themselves
-                query = torch.cat([split_heads(attn.to_q(hidden_states[:-1])), query])
-                key = torch.cat([split_heads(attn.to_k(context[:-1])), key])
+            query, key = (states.expand(control.rows, -1, -1, -1) for states in control.self_qk[self.name])
+            others = len(hidden_states) - control.rows
+            if others:  # the rows before the edits' attend by themselves
+                query = torch.cat([split_heads(attn.to_q(hidden_states[:others])), query])
+                key = torch.cat([split_heads(attn.to_k(context[:others])), key])
         return F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
 
     def _cross_attention(self, attn, hidden_states, context, split_heads, control):
-        """(batch, pixels, channels), (batch, tokens, dim) -> (batch, heads, pixels, head_dim). The last row's map is
+        """(batch, pixels, channels), (batch, tokens, dim) -> (batch, heads, pixels, head_dim). The last rows' maps are
         materialized, to be recorded, captured or replaced on the shared tokens; the other rows attend by themselves.
         Raises [`UNetExit`] where the control says so."""
         query, key, value = (split_heads(f) for f in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
-        # Eq. 2 in fp32, for the row that is recorded or injected only.
+        others = len(query) - control.rows
+        # Eq. 2 in fp32, for the rows that are recorded or injected only.
         # Scaled keys are few numbers, scaled scores many, and their gradients as many again.
-        scores = query[-1].float() @ (key[-1].float() * attn.scale).transpose(-1, -2)
-        probs = scores.softmax(dim=-1)  # (heads, pixels, tokens), sums to 1 over tokens
+        scores = query[others:].float() @ (key[others:].float() * attn.scale).transpose(-1, -2)
+        probs = scores.softmax(dim=-1)  # (rows, heads, pixels, tokens), sums to 1 over tokens
         if isinstance(control, Record):
-            control.cross[self.name] = probs
+            (control.cross[self.name],) = probs
         else:
             if self.name in control.capture_layers:
                 control.captured[self.name] = probs
@@ -225,11 +252,13 @@ class MDEAttnProcessor:
             if self.name in control.cross:
                 if self.name in control.weights:
                     probs = probs * control.weights[self.name]
-                probs = torch.where(control.shared, control.cross[self.name], probs)  # Eq. 3
-        out = (probs.to(value.dtype) @ value[-1])[None]
-        if len(value) > 1:
-            others = F.scaled_dot_product_attention(query[:-1], key[:-1], value[:-1], scale=attn.scale)
-            out = torch.cat([others, out])
+                # (edits, tokens) -> (edits, 1, 1, tokens)
+                shared = control.shared[:, None, None]
+                probs = torch.where(shared, control.cross[self.name], probs)  # Eq. 3
+        out = probs.to(value.dtype) @ value[others:]
+        if others:
+            rest = (states[:others] for states in (query, key, value))
+            out = torch.cat([F.scaled_dot_product_attention(*rest, scale=attn.scale), out])
         return out
 
 
@@ -428,8 +457,11 @@ def own_maps(
 ) -> torch.Tensor:
     """A* of `layers` (in execution order), before injection, by a pass that leaves the U-Net after the last of them.
 
+    Args:
+        latents: (edits, channels, h, w), `conditioning` of as many rows.
+
     Returns:
-        (layers x heads, pixels, tokens) fp32, differentiable in `latents`.
+        (edits, layers x heads, pixels, tokens) fp32, differentiable in `latents`.
     """
     captured: dict[str, torch.Tensor] = {}
     names = frozenset(layer.name for layer in layers)

@@ -7,7 +7,7 @@ step, [`guide_latents`] its gradient descent.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import compress
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +124,8 @@ class Run:
 
     scheduler: a `DDIMScheduler`, timesteps set. inversion: on the U-Net's device. source_conditioning: of one
     row, the source prompt. guidance_rescale: see [`guided_noise`]. layers: all of the U-Net's attention layers;
-    loss_layers: those the losses read. capture_maps: whether [`Step.maps`] is asked for.
+    loss_layers: those the losses read. capture_maps: whether [`Step.maps`] is asked for. edits_per_pass: how many
+    target prompts share a pass at most.
     """
 
     unet: torch.nn.Module
@@ -137,6 +138,7 @@ class Run:
     loss_layers: Sequence[AttentionLayer]
     capture_maps: bool = False
     guidance_rescale: float = 0.0
+    edits_per_pass: int = 1
 
     def steps(self, share: float) -> int:
         """A share of the steps as their number."""
@@ -169,7 +171,7 @@ class Run:
 
 
 class Step(NamedTuple):
-    """What [`edit_step`] gives back.
+    """What [`edit_step`] gives back of each edit.
 
     latents: (1, channels, h, w) fp32, z*_{t-1}. losses: an entry per iteration of the latent guidance.
     maps: of the edited words, {key: (2, h, w)}, aggregated (Eq. 4) before and after the latent guidance; empty unless
@@ -215,8 +217,11 @@ def picture_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edits
 def edit_steps(
     run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edits: Sequence[Edit], source: Record
 ) -> list[Step]:
-    """[`edit_step`] of all target prompts of a picture; `latents` (edits, channels, h, w) fp32."""
-    return [edit_step(run, i, t, z, edit, source) for z, edit in zip(latents.split(1), edits)]
+    """[`edit_step`] of all target prompts of a picture, so many at a time as the run says; `latents` (edits, channels,
+    h, w) fp32."""
+    n = run.edits_per_pass
+    groups = zip(latents.split(n), (edits[k : k + n] for k in range(0, len(edits), n)))
+    return [step for z, own in groups for step in edit_step(run, i, t, z, own, source)]
 
 
 def join_steps(
@@ -244,155 +249,199 @@ def join_steps(
     return latents
 
 
-def edit_step(run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edit: Edit, source: Record) -> Step:
-    """One step of one target prompt, z*_t -> z*_{t-1}.
+def edit_step(
+    run: Run, i: int, t: torch.Tensor, latents: torch.Tensor, edits: Sequence[Edit], source: Record
+) -> list[Step]:
+    """One step of target prompts that share their passes, z*_t -> z*_{t-1}: a row of each pass per prompt.
 
     Args:
-        latents: (1, channels, h, w) fp32, z*_t.
+        latents: (edits, channels, h, w) fp32, z*_t.
         source: what [`record_source`] recorded at this step.
     """
-    lora_scale = run.inversion.lora_scale
-    aligned = align_maps(source.cross, edit.alignment)
+    at = int(run.inversion.timesteps[i])  # not on the device, which `t` would have to be read from
+    lora_scale, alignments = run.inversion.lora_scale, [edit.alignment for edit in edits]
+    aligned = align_maps(source.cross, alignments)
     cross = aligned if run.injects_cross(i) else {}
-    inject = Inject(cross, edit.alignment.shared, source.self_qk, weights=own_weights(run, edit, cross))  # Eq. 3
+    tokens = torch.stack([alignment.shared for alignment in alignments])
+    inject = Inject(cross, tokens, source.self_qk, weights=own_weights(run, edits, cross))  # Eq. 3
 
-    losses, before = [], None
-    if run.optimizes(i) and run.has_losses(edit):  # Eq. 4-7
-        shared = stack_maps(aligned, run.loss_layers).sum(dim=-1) if run.reads_source(edit) else None
-        latents, losses, before = guide_latents(run, t, latents, edit, inject, shared)
+    losses, before = [[] for _ in edits], {}
+    if run.optimizes(i) and any(run.has_losses(edit) for edit in edits):  # Eq. 4-7
+        reads = any(run.reads_source(edit) for edit in edits)
+        shared = stack_maps(aligned, run.loss_layers).sum(dim=-1) if reads else [None] * len(edits)
+        latents, losses, before = guide_latents(run, t, noise_level(run.scheduler, at), latents, edits, inject, shared)
 
     if run.capture_maps and run.optimizes(i):
         inject = replace(inject, capture_layers=frozenset(layer.name for layer in run.loss_layers))
+    texts = [edit.conditioning for edit in edits]
     if run.guidance_scale > 1:  # classifier-free guidance
-        both = join_conditioning([run.null(i, edit), edit.conditioning])
+        both = join_conditioning([*(run.null(i, edit) for edit in edits), *texts])
         pair = predict(run.unet, latents.repeat(2, 1, 1, 1), t, both, inject, lora_scale)
         noise = guided_noise(*pair.chunk(2), run.guidance_scale, run.guidance_rescale)
     else:
-        noise = predict(run.unet, latents, t, edit.conditioning, inject, lora_scale)
-    latents = run.scheduler.step(noise, t, latents, eta=run.settings.eta, generator=edit.generator).prev_sample
+        noise = predict(run.unet, latents, t, join_conditioning(texts), inject, lora_scale)
 
-    if edit.mask is not None and run.blends(i):  # Eq. 8: outside M the picture is the source's
-        latents = torch.where(edit.mask, latents, run.inversion.source_latents(i + 1))
-    return Step(latents, losses, edited_maps(run, edit, before, inject.captured))
+    after = stack_maps(inject.captured, run.loss_layers) if inject.captured else None
+    steps = []
+    for k, (edit, eps, z) in enumerate(zip(edits, noise.split(1), latents.split(1))):
+        z = run.scheduler.step(eps, at, z, eta=run.settings.eta, generator=edit.generator).prev_sample
+        if edit.mask is not None and run.blends(i):  # Eq. 8: outside M the picture is the source's
+            z = torch.where(edit.mask, z, run.inversion.source_latents(i + 1))
+        maps = {} if after is None else edited_maps(run, edit, before.get(k, after[k]), after[k])
+        steps.append(Step(z, losses[k], maps))
+    return steps
 
 
-def own_weights(run: Run, edit: Edit, injected: Collection[str]) -> dict[str, torch.Tensor]:
+def own_weights(run: Run, edits: Sequence[Edit], injected: Collection[str]) -> dict[str, torch.Tensor]:
     """What the edited words' own maps are multiplied by in the layers where the source's are injected: 1 inside a
     word's mask, `outside_attention` outside it. (Eq. 3 keeps them everywhere; the paper's overview speaks of new maps
     "within masks".)
 
     Returns:
-        {layer name: (pixels, tokens)}, empty where all of them would be 1.
+        {layer name: (edits, 1, pixels, tokens)}, empty where all of them would be 1.
     """
-    outside, shared = run.settings.outside_attention, edit.alignment.shared
+    outside = run.settings.outside_attention
     if outside == 1:
         return {}
     weights = {}
     for size in {layer.size for layer in run.layers if layer.name in injected}:
-        inside = torch.ones(size[0] * size[1], len(shared), device=shared.device)
-        regions = (*edit.objects, *edit.attributes)
-        for i in {i for region in regions for i in region.token_indices}:
-            inside[:, i] = torch.stack([r.shares[size] for r in regions if i in r.token_indices]).amax(0)
-        weights[size] = outside + (1 - outside) * inside
+        inside = torch.stack([covered(edit, size) for edit in edits])
+        weights[size] = (outside + (1 - outside) * inside)[:, None]
     return {layer.name: weights[layer.size] for layer in run.layers if layer.name in injected}
+
+
+def covered(edit: Edit, size: tuple[int, int]) -> torch.Tensor:
+    """(pixels, tokens) of a layer of this `size`: how much of each pixel the masks of each token's word cover; 1 for
+    the tokens that are not edited."""
+    shared, regions = edit.alignment.shared, (*edit.objects, *edit.attributes)
+    inside = torch.ones(size[0] * size[1], len(shared), device=shared.device)
+    for i in {i for region in regions for i in region.token_indices}:
+        inside[:, i] = torch.stack([r.shares[size] for r in regions if i in r.token_indices]).amax(0)
+    return inside
 
 
 def guide_latents(
     run: Run,
     t: torch.Tensor,
+    sigma: float,
     latents: torch.Tensor,
-    edit: Edit,
+    edits: Sequence[Edit],
     inject: Inject,
-    shared_attention: torch.Tensor | None,
-) -> tuple[torch.Tensor, list[dict[str, float]], torch.Tensor]:
+    shared_attention: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor, list[list[dict[str, float]]], dict[int, torch.Tensor]]:
     r"""
     The latent guidance of one step (Eq. 7-8): z* <- z* - M * clamp(delta * grad(lambda_1 OAL + lambda_2 CCL), -c, c),
-    several times, with delta = step_size * sigma_t and c = max_update * rms(z* in M). The losses are those of the words
-    that look past their masks before it ([`words_astray`]); where none does, the latents stay.
+    several times ([`move_latents`]). The losses are those of the words that look past their masks before it
+    ([`words_astray`]); where none does, an edit's latents stay and it takes part in no further pass.
+
+    Rows of a batch know nothing of each other, so that the gradient of the sum of all edits' losses is each edit's own.
+
+    Args:
+        sigma: sigma_t of the timestep `t`, [`noise_level`].
+        latents: (edits, channels, h, w) fp32, z*.
+        inject: what the targets' passes inject at this step.
+        shared_attention: of each edit (heads, pixels), sum_j A_j of Eq. 6, where the losses read it.
+
+    Returns:
+        the moved latents (outside M bit-identical); of each edit its loss history; and, of the edits that have losses,
+        {position: (heads, pixels, tokens)}, the maps before.
+
+    Raises:
+        FloatingPointError: loss or gradient left the finite numbers.
+    """
+    settings = run.settings
+    rows, told = list(latents.split(1)), [[] for _ in edits]
+    guided, first_maps = {k: edit for k, edit in enumerate(edits) if run.has_losses(edit)}, {}
+    for _ in range(settings.optimization_iterations):
+        with torch.enable_grad():
+            z = torch.cat([rows[k] for k in guided]).requires_grad_()
+            texts = join_conditioning([edit.conditioning for edit in guided.values()])
+            passing = inject.of(list(guided))
+            stacked = own_maps(run.unet, z, t, texts, passing, run.loss_layers, run.inversion.lora_scale)
+            maps = dict(zip(guided, stacked))
+            if not first_maps:
+                first_maps = {k: own.detach() for k, own in maps.items()}
+                guided = words_astray(first_maps, guided, run)
+                if not guided:
+                    break
+            losses = {k: edit_losses(maps[k], shared_attention[k], edit, settings) for k, edit in guided.items()}
+            total = torch.stack([own["loss"] for own in losses.values()]).sum()
+            grads = dict(zip(maps, gradient(total, z, compute_dtype(run.unet)).split(1)))
+        for k, own in losses.items():
+            rows[k], capped = move_latents(rows[k], grads[k], edits[k].mask, sigma, settings)
+            finite = torch.isfinite(own["loss"]) & torch.isfinite(grads[k]).all()
+            scalars = {"capped": capped, **own, "finite": finite}
+            told[k].append({name: value.detach() for name, value in scalars.items()})
+    histories = read_histories(told)
+    bad = [entry for history in histories for entry in history if not entry.pop("finite")]
+    if bad:
+        raise FloatingPointError(
+            f"The latent guidance left the finite numbers at timestep {int(t)}, iteration {bad[0]['iteration']} (loss"
+            f" {bad[0]['loss']}). Lower `step_size` or `max_update`, or load the U-Net in float32."
+        )
+    return torch.cat(rows), histories, first_maps
+
+
+def move_latents(
+    latents: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor, sigma: float, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 7-8 for one edit: z* - M * clamp(delta * grad, -c, c), with delta = step_size * sigma_t and c = max_update *
+    rms(z* in M).
 
     The cap is element-wise: a global rescale would couple the regions, so that a large object gradient would shrink an
     attribute's step.
 
     Args:
-        latents: (1, channels, h, w) fp32, z*.
-        inject: what the target's passes inject at this step.
-        shared_attention: (heads, pixels), sum_j A_j of Eq. 6, where the losses read it.
+        latents, grad: (1, channels, h, w) fp32. mask: (1, 1, h, w) bool, M.
 
     Returns:
-        the moved latents (outside M bit-identical), the loss history, and the maps (heads, pixels, tokens) before.
-
-    Raises:
-        FloatingPointError: loss or gradient left the finite numbers.
+        the latents, and the share of their values in M that the cap cut, a scalar.
     """
-    settings, dtype = run.settings, compute_dtype(run.unet)
-    sigma = noise_level(run.scheduler, t)
-    count = edit.mask.sum() * latents.shape[1]  # of values in M
-    told, first_maps = [], None
-    for _ in range(settings.optimization_iterations):
-        with torch.enable_grad():
-            latents = latents.detach().requires_grad_()
-            lora_scale = run.inversion.lora_scale
-            maps = own_maps(run.unet, latents, t, edit.conditioning, inject, run.loss_layers, lora_scale)
-            if first_maps is None:
-                first_maps = maps.detach()
-                edit = words_astray(first_maps, edit, run)
-                if not run.has_losses(edit):
-                    break
-            losses = edit_losses(maps, shared_attention, edit, settings)
-            grad = gradient(losses["loss"], latents, dtype)
-        latents = latents.detach()
-        update, capped = settings.step_size * sigma * grad, count.new_zeros(())
-        if settings.max_update is not None:
-            cap = settings.max_update * (latents.square() * edit.mask).sum().div(count).sqrt()
-            capped = ((update.abs() > cap) & edit.mask).sum() / count
-            update = update.clamp(-cap, cap)
-        latents = torch.where(edit.mask, latents - update, latents)
-        finite = torch.isfinite(losses["loss"]) & torch.isfinite(grad).all()
-        scalars = {"capped": capped, **losses, "finite": finite}
-        told.append({name: value.detach() for name, value in scalars.items()})
-    history = read_history(told)
-    bad = next((entry for entry in history if not entry.pop("finite")), None)
-    if bad:
-        raise FloatingPointError(
-            f"The latent guidance left the finite numbers at timestep {int(t)}, iteration {bad['iteration']} (loss"
-            f" {bad['loss']}). Lower `step_size` or `max_update`, or load the U-Net in float32."
-        )
-    return latents.detach(), history, first_maps
+    count = mask.sum() * latents.shape[1]  # of values in M
+    update, capped = settings.step_size * sigma * grad, count.new_zeros(())
+    if settings.max_update is not None:
+        cap = settings.max_update * (latents.square() * mask).sum().div(count).sqrt()
+        capped = ((update.abs() > cap) & mask).sum() / count
+        update = update.clamp(-cap, cap)
+    return torch.where(mask, latents - update, latents), capped
 
 
-def words_astray(maps: torch.Tensor, edit: Edit, run: Run) -> Edit:
-    """`edit` with the regions alone of which at most `optimization_threshold` of the word's attention (Eq. 4) lies on
-    pixels that the mask touches, and whose loss has a weight. At 1 these are all. A word that looks everywhere alike
-    has a share as large as its mask.
+def words_astray(maps: dict[int, torch.Tensor], edits: dict[int, Edit], run: Run) -> dict[int, Edit]:
+    """The `edits` with the regions alone of which at most `optimization_threshold` of the word's attention (Eq. 4) lies
+    on pixels that the mask touches, and whose loss has a weight; without those that have none. At 1 these are all. A
+    word that looks everywhere alike has a share as large as its mask.
 
     Args:
-        maps: (heads, pixels, tokens), A* of the loss layers.
+        maps: of each edit (heads, pixels, tokens), A* of the loss layers.
     """
     settings, size = run.settings, run.loss_layers[0].size
     if settings.optimization_threshold == 1:
-        return edit
-    objects = edit.objects if settings.oal_weight else ()
-    attributes = edit.attributes if settings.ccl_weight else ()
-    regions = (*objects, *attributes)
-    attention = torch.stack([aggregate_maps(maps, region.token_indices) for region in regions])  # (regions, pixels)
-    inside = attention * torch.stack([region.shares[size] > 0 for region in regions])
-    share = inside.sum(dim=-1) / attention.sum(dim=-1)
-    # The one number that a step's guidance reads before it: a GPU is waited for once, not in every iteration.
+        return edits
+    shares, words = [], {}
+    for k, edit in edits.items():
+        objects = edit.objects if settings.oal_weight else ()
+        words[k] = (objects, edit.attributes if settings.ccl_weight else ())
+        for region in chain(*words[k]):
+            attention = aggregate_maps(maps[k], region.token_indices)  # (pixels,)
+            shares.append((attention * (region.shares[size] > 0)).sum() / attention.sum())
+    # The numbers that a step's guidance reads before it: a GPU is waited for once, not in every iteration.
     # "Not more", so that what is no number is guided, and found there.
-    astray = (~(share > settings.optimization_threshold)).tolist()
-    return replace(
-        edit,
-        objects=list(compress(objects, astray)),
-        attributes=list(compress(attributes, astray[len(objects) :])),
-    )
+    astray = iter((~(torch.stack(shares) > settings.optimization_threshold)).tolist())
+    kept = {k: [[region for region in regions if next(astray)] for regions in pair] for k, pair in words.items()}
+    return {
+        k: replace(edits[k], objects=objects, attributes=attributes)
+        for k, (objects, attributes) in kept.items()
+        if objects or attributes
+    }
 
 
-def read_history(told: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
-    """Scalars of every iteration as numbers, read from the device at once."""
-    if not told:
-        return []
-    rows = torch.stack([torch.stack([value.float() for value in entry.values()]) for entry in told]).tolist()
-    return [{"iteration": k, **dict(zip(entry, row))} for k, (entry, row) in enumerate(zip(told, rows))]
+def read_histories(told: Sequence[Sequence[dict[str, torch.Tensor]]]) -> list[list[dict[str, float]]]:
+    """The scalars of every edit's every iteration as numbers, read from the device at once."""
+    scalars = [value.float() for own in told for entry in own for value in entry.values()]
+    numbers = iter(torch.stack(scalars).tolist() if scalars else ())
+    return [
+        [{"iteration": k, **{name: next(numbers) for name in entry}} for k, entry in enumerate(own)] for own in told
+    ]
 
 
 def edit_losses(
@@ -426,26 +475,19 @@ def edit_losses(
     return losses
 
 
-def noise_level(scheduler, t: torch.Tensor) -> float:
+def noise_level(scheduler, timestep: int) -> float:
     """sigma_t = sqrt((1 - alpha_bar) / alpha_bar), by which Eq. 7's step shrinks as the picture appears."""
     # Where z* has all noise and no picture (zero terminal SNR), sigma_t is infinite: the cap decides there.
-    alpha_bar = max(scheduler.alphas_cumprod[t.cpu()].item(), 1e-8)
+    alpha_bar = max(scheduler.alphas_cumprod[timestep].item(), 1e-8)
     return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
 
-def edited_maps(
-    run: Run, edit: Edit, before: torch.Tensor | None, captured: dict[str, torch.Tensor]
-) -> dict[WordKey, torch.Tensor]:
-    """[`Step.maps`] from the maps before the latent guidance (heads, pixels, tokens), if there was any, and those that
-    the step's last pass captured."""
-    if not captured:
-        return {}
-    after = stack_maps(captured, run.loss_layers)
-    pair = (after if before is None else before, after)
+def edited_maps(run: Run, edit: Edit, before: torch.Tensor, after: torch.Tensor) -> dict[WordKey, torch.Tensor]:
+    """[`Step.maps`] from the maps before and after the latent guidance, (heads, pixels, tokens) each."""
     size = run.loss_layers[0].size
     # by key: a word may be an object and an attribute at once
     words = {region.key: region.token_indices for region in (*edit.objects, *edit.attributes)}
     return {
-        key: torch.stack([aggregate_maps(maps, indices) for maps in pair]).reshape(2, *size).cpu()
+        key: torch.stack([aggregate_maps(maps, indices) for maps in (before, after)]).reshape(2, *size).cpu()
         for key, indices in words.items()
     }

@@ -112,12 +112,13 @@ class Source:
 class Plan:
     """The edits of one or several pictures, checked and not begun: what [`~MDEEditPipeline.plan`] gives.
 
-    sources: what the edits of each picture start from. parts: of each picture, its edits' prompts, generators, object
-    masks, attribute masks, conditioning of prompt and negative prompt where the user gives it (or `None`), each one per
-    edit. checked: of each picture, what [`~MDEEditPipeline.check_edits`] gives.
+    edits_per_pass: see [`Run`]. sources: what the edits of each picture start from. parts: of each picture, its edits'
+    prompts, generators, object masks, attribute masks, conditioning of prompt and negative prompt where the user gives
+    it (or `None`), each one per edit. checked: of each picture, what [`~MDEEditPipeline.check_edits`] gives.
     """
 
     settings: Settings
+    edits_per_pass: int
     sources: list[Source]
     parts: list[tuple[list, ...]]
     checked: list[tuple[dict, tuple]]
@@ -128,17 +129,19 @@ PLANNED = (
     *("prompt", "inversion", "image", "source_prompt", "object_masks", "attribute_masks", "num_inference_steps"),
     *("inversion_method", "guidance_scale", "generator", "negative_prompt", "prompt_embeds", "negative_prompt_embeds"),
     *("source_prompt_embeds", "height", "width", "num_images_per_prompt", "guidance_rescale", "cross_attention_kwargs"),
-    "clip_skip",
+    *("clip_skip", "edits_per_pass"),
 )
 
 
 class EditsPictures(ReadsPrompts):
     """Mixin of a Stable Diffusion pipeline: everything that [`MDEEditPipeline`] and [`MDEEditXLPipeline`] do alike.
 
-    A class states its `family`, one of `FAMILIES`, and the arguments that it refuses with a reason.
+    A class states its `family`, one of `FAMILIES`, how many edits share a pass where a call does not say, and the
+    arguments that it refuses with a reason.
     """
 
     family: str
+    edits_per_pass: int
     refused = REFUSED
     presets = PRESETS
 
@@ -907,6 +910,7 @@ class EditsPictures(ReadsPrompts):
         scheduler,
         settings: Settings,
         capture_maps: bool,
+        edits_per_pass: int,
     ) -> tuple[Run, list[Edit]]:
         """A picture's run and edits: inverts it, unless that is done, and finds the regions that stand as words.
 
@@ -945,6 +949,7 @@ class EditsPictures(ReadsPrompts):
             loss_layers=loss_layers,
             capture_maps=capture_maps,
             guidance_rescale=source.guidance_rescale,
+            edits_per_pass=edits_per_pass,
         )
         return run, edits
 
@@ -971,6 +976,7 @@ class EditsPictures(ReadsPrompts):
         guidance_rescale: float | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
+        edits_per_pass: int | None = None,
     ) -> Plan:
         """All of a call's edits, as far as they can be checked and prepared before a pass on the picture. The arguments
         are [`~MDEEditPipeline.__call__`]'s.
@@ -983,6 +989,7 @@ class EditsPictures(ReadsPrompts):
         size = {"height": height, "width": width}
         sources = self.check_sources(*source, guidance, size, clip_skip, cross_attention_kwargs)
         prompts = per_picture(prompt, len(sources))
+        edits_per_pass = check_setting("edits_per_pass", edits_per_pass, int | None, 1) or self.edits_per_pass
         copies = check_setting("num_images_per_prompt", num_images_per_prompt, int, 1)
         if copies > 1 and not settings.eta:
             raise ValueError(
@@ -1003,7 +1010,7 @@ class EditsPictures(ReadsPrompts):
         for source, (texts, noise, *drawn, _, _) in zip(sources, parts):
             rest = (source.image_size, source.latent_size, settings, noise)
             checked.append(self.check_edits(texts, source.prompt, drawn, *rest, **source.reading))
-        return Plan(settings, sources, parts, checked)
+        return Plan(settings, edits_per_pass, sources, parts, checked)
 
     def prepare_runs(self, plan: Plan, capture_maps: bool = False) -> tuple[list[Run], list[Edit], torch.Tensor]:
         """What the steps of a plan need; inverts what is not inverted.
@@ -1012,7 +1019,7 @@ class EditsPictures(ReadsPrompts):
             a run per picture, all edits, picture by picture, and (edits, channels, h, w) fp32, each edit's z_T.
         """
         scheduler = self.ddim_scheduler(plan.sources[0].num_inference_steps)
-        rest = (scheduler, plan.settings, capture_maps)
+        rest = (scheduler, plan.settings, capture_maps, plan.edits_per_pass)
         pictures = zip(plan.sources, plan.checked, plan.parts)
         prepared = [self.prepare_run(*picture, *rest) for picture in pictures]
         runs, edits = [run for run, _ in prepared], [edit for _, own in prepared for edit in own]
@@ -1063,6 +1070,7 @@ class EditsPictures(ReadsPrompts):
         guidance_rescale: float | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
+        edits_per_pass: int | None = None,
         **refused,
     ) -> MDEEditPipelineOutput | tuple:
         r"""
@@ -1170,6 +1178,9 @@ class EditsPictures(ReadsPrompts):
             clip_skip (`int`, *optional*):
                 How many of the text encoder's last layers to leave out. The inversion's by default; any other is an
                 error.
+            edits_per_pass (`int`, *optional*):
+                So many edits of a picture at most share the passes of the U-Net, each as a row: faster, and each takes
+                memory; by default 4, with SDXL 1. Beside others an edit is the same but for rounding.
             refused:
                 Other arguments of diffusers' pipeline; an error that says why and what to do instead.
 

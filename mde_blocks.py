@@ -119,6 +119,7 @@ def _read_all() -> dict[str, InputParam]:
         _read("clip_skip", int),
         _read("generator", torch.Generator | list[torch.Generator]),
         _read("num_images_per_prompt", int, 1),
+        _read("edits_per_pass", int),
         *(
             _read(setting.name, setting.type, setting.default, cap if setting.name == "max_update" else "")
             for setting in fields(Settings)
@@ -170,7 +171,7 @@ INVERTED = (
 )
 EDITED = (
     *("prompt", "object_masks", "attribute_masks", "num_inference_steps", "negative_prompt", "prompt_embeds"),
-    *("generator", "num_images_per_prompt", *TOLD),
+    *("generator", "num_images_per_prompt", "edits_per_pass", *TOLD),
 )
 
 

@@ -61,6 +61,7 @@ class MDEEditXLPipeline(CarriesItsCode, EditsPictures, StableDiffusionXLPipeline
     _callback_tensor_inputs = ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"]
     _denoising_end = None  # what a callback can ask for
     family = "sdxl"
+    edits_per_pass = 1  # a row of a guided pass holds 6 GiB in half precision, at 1024x1024
     refused = REFUSED_XL
     source_file = Path(__file__)
     module_name = "mde_edit_xl"

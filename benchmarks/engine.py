@@ -325,15 +325,15 @@ def ready(scene: Scene, kind: Pass) -> Callable[[], object]:
         return lambda: naive_iteration(scene, t, latents)
 
     source = record_source(run, i, t, [edit])
-    aligned = align_maps(source.cross, edit.alignment)
-    inject = Inject(aligned if kind.cross else {}, edit.alignment.shared, source.self_qk)
+    aligned = align_maps(source.cross, [edit.alignment])
+    inject = Inject(aligned if kind.cross else {}, edit.alignment.shared[None], source.self_qk)
     if kind.name == "pair":
         return lambda: predict(unet, pair, t, both, inject)
-    shared = stack_maps(aligned, run.loss_layers).sum(dim=-1)
+    (shared,) = stack_maps(aligned, run.loss_layers).sum(dim=-1)
 
     def iteration():  # of `guide_latents`, without what it looks at and notes
         z = latents.clone().requires_grad_()
-        maps = own_maps(unet, z, t, cond, inject, run.loss_layers)
+        (maps,) = own_maps(unet, z, t, cond, inject, run.loss_layers)
         return gradient(edit_losses(maps, shared, edit, run.settings)["loss"], z, unet.dtype)
 
     return iteration

@@ -2,6 +2,8 @@
 activations, counted as benchmarks/engine.py counts them, on tensors without data.
 
     python -m benchmarks.engine_xl --out bench_out/engine_xl.md
+
+On a GPU SDXL's programs run there, too, for their seconds and what the allocator held.
 """
 
 import argparse
@@ -21,10 +23,13 @@ from benchmarks.engine import (
     Figures,
     Pass,
     cost_of,
+    machine,
     make_scene,
     make_vae,
     passes_of,
+    run_whole,
     sd14,
+    seconds_of,
     total,
 )
 
@@ -57,6 +62,7 @@ MODELS = {  # column: model, latents, dtype of the U-Net; the VAE's is float32
     "SDXL, float32": (sdxl, LATENT_SIZE_XL, torch.float32),
     "SDXL, float16": (sdxl, LATENT_SIZE_XL, torch.float16),
 }
+TIMED = "SDXL, float16"
 PROGRAMS = {  # name: steps, settings
     "edit, defaults": (50, {}),
     "edit, `fast`, 10 steps": (10, PRESETS["fast"]),
@@ -81,6 +87,27 @@ def column(model, latent_size: tuple[int, int], dtype: torch.dtype) -> tuple[dic
     return {**{str(kind): cost for kind, cost in costs.items()}, **programs}, weights
 
 
+def measured(model, latent_size: tuple[int, int], dtype: torch.dtype) -> list[str]:
+    """Markdown: seconds and peak, weights apart, of a model's programs, run once each on a GPU, and of the passes that
+    an iteration of guidance and of null-text inversion are, the median of three."""
+    with torch.device("cuda"):
+        unet, vae = in_dtype(dtype, model)
+    vae = vae.float()
+    scenes = {
+        name: make_scene(unet, vae, latent_size, steps, **settings) for name, (steps, settings) in PROGRAMS.items()
+    }
+    scene, lines = next(iter(scenes.values())), ["| program | seconds | peak, GiB |", "|---" * 3 + "|"]
+    run_whole(list(scenes.values())[-1], "direct")  # to warm up
+    runs = {f"**{name}**": (one, "edit") for name, one in scenes.items()}
+    runs |= {f"direct inversion, {one.steps} steps": (one, "direct") for one in scenes.values()}
+    for name, program in {f"plain sample, {scene.steps} steps": (scene, "sample"), **runs}.items():
+        seconds, peak = run_whole(*program)
+        lines.append(f"| {name} | {seconds:.1f} | {peak / GIB:.2f} |")
+    for kind in (Pass("iteration", True, True), NULL):
+        lines.append(f"| {kind}, one pass | {seconds_of(scene, kind):.3f} | |")
+    return lines
+
+
 def in_dtype(dtype: torch.dtype, make: Callable):
     """What `make` makes, in `dtype` from the start: parameters without data cannot be cast in place."""
     before = torch.get_default_dtype()
@@ -102,7 +129,10 @@ def main(argv: list[str] | None = None) -> None:
         cells = [f"{costs[row].flops / TERA:.2f} | {costs[row].peak / GIB:.2f}" for costs, _ in columns.values()]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     weights = " | ".join(f"| {size / GIB:.2f}" for _, size in columns.values())
-    lines += [f"| *weights, U-Net and VAE* | {weights} |", "", f"torch {torch.__version__}."]
+    lines += [f"| *weights, U-Net and VAE* | {weights} |", ""]
+    if torch.cuda.is_available():
+        lines += [f"{TIMED}:", "", *measured(*MODELS[TIMED]), ""]
+    lines.append(f"{machine()}, torch {torch.__version__}.")
     text = "\n".join(lines) + "\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text)

@@ -1,5 +1,5 @@
 """What a user waits for, and in how much memory, at Stable Diffusion 1.4's size, 512x512, through the pipeline with
-random weights: a plain sample, the first edit of a picture, another edit of it.
+random weights: a plain sample, the first edit of a picture, another edit of it, several at once.
 
     python -m benchmarks.latency --out bench_out/latency.md --dtype float16 bfloat16
     python -m benchmarks.latency --out bench_out/latency.md --dtype float16 --compile
@@ -25,10 +25,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from benchmarks.engine import GIB, machine, sd14, sd_scheduler
 
 
-SOURCE, PROMPT, OTHER = "a cat wearing a straw hat", "a dog wearing a red hat", "a fox wearing a green hat"
+SOURCE, PROMPT = "a cat wearing a straw hat", "a dog wearing a red hat"
+OTHERS = ["a fox wearing a green hat", "a bear wearing a blue hat", "a pig wearing a black hat"]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cat_straw_hat"
 FILES = ("image", "dog", "red")
 STEPS, FAST_STEPS = 50, 10
+PER_PASS = (1, 2, 4)  # edits that share the passes of the U-Net
 COMPILED = (ResnetBlock2D, FeedForward)
 
 
@@ -65,19 +67,27 @@ def waits(pipe: MDEEditPipeline, size: int) -> dict[str, Callable[[], object]]:
     plain.set_progress_bar_config(disable=True)
     inverted = {}
 
-    def edit(prompt: str, steps: int, first: bool, **settings):
+    def edit(steps: int, *prompts: str, first: bool = False, **settings):
         if first:
             inverted[steps] = pipe.invert(image, SOURCE, num_inference_steps=steps, method="direct")
-        _, noun, *_, color, _ = prompt.split()
-        pipe(prompt, inverted[steps], object_masks={noun: animal}, attribute_masks={color: hat}, **settings)
+        words = [prompt.split() for prompt in prompts]
+        masks = {
+            "object_masks": [{noun: animal} for _, noun, *_ in words],
+            "attribute_masks": [{color: hat} for *_, color, _ in words],
+        }
+        pipe(list(prompts), inverted[steps], **masks, **settings)
 
-    fast = pipe.presets["fast"]
+    fast, together = pipe.presets["fast"], {}
+    for n in PER_PASS:
+        name = f"{1 + len(OTHERS)} edits of the picture, {n} per pass"
+        together[name] = lambda n=n: edit(STEPS, PROMPT, *OTHERS, edits_per_pass=n)
     return {
         f"plain sample, {STEPS} steps": lambda: plain(SOURCE, height=size, width=size, num_inference_steps=STEPS),
-        f"first edit, defaults, {STEPS} steps": lambda: edit(PROMPT, STEPS, True),
-        "another edit of the picture": lambda: edit(OTHER, STEPS, False),
-        f"first edit, `fast`, {FAST_STEPS} steps": lambda: edit(PROMPT, FAST_STEPS, True, **fast),
-        "another edit of it": lambda: edit(OTHER, FAST_STEPS, False, **fast),
+        f"first edit, defaults, {STEPS} steps": lambda: edit(STEPS, PROMPT, first=True),
+        "another edit of the picture": lambda: edit(STEPS, OTHERS[0]),
+        f"first edit, `fast`, {FAST_STEPS} steps": lambda: edit(FAST_STEPS, PROMPT, first=True, **fast),
+        "another edit of it": lambda: edit(FAST_STEPS, OTHERS[0], **fast),
+        **together,
     }
 
 

@@ -268,7 +268,7 @@ def test_embeddings_noise_and_regions_go_with_their_picture(pipe, two):
     embeds = [pipe.embed(text) * factor for text, factor in ((TARGET, 1.1), (OTHER, 0.9))]
     sources = [pipe.embed(one["source_prompt"]) * 1.05 for one in each]
     both["object_masks"][0] = each[0]["object_masks"] = {"dog": "cat"}
-    rest = {**EDIT, "num_inference_steps": 1, "inversion_method": "direct", "eta": 0.5}
+    rest = {**EDIT, "num_inference_steps": 1, "inversion_method": "direct", "eta": 0.5, "edits_per_pass": 1}
 
     def seeded(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -56,7 +56,7 @@ def test_recorded_maps_are_probabilities_and_recording_changes_nothing(pipe, inv
 
 def test_injecting_a_pass_into_itself_changes_nothing(pipe, inversion, record):
     alignment = align_tokens(pipe.tokenizer, SOURCE, SOURCE)
-    control = Inject(align_maps(record.cross, alignment), alignment.shared, record.self_qk)
+    control = Inject(align_maps(record.cross, [alignment]), alignment.shared[None], record.self_qk)
     assert torch.allclose(
         run_control(pipe, inversion, control, SOURCE), run_control(pipe, inversion, None, SOURCE), atol=1e-4
     )
@@ -64,19 +64,19 @@ def test_injecting_a_pass_into_itself_changes_nothing(pipe, inversion, record):
 
 def test_injected_maps_are_the_sources_on_shared_words_and_their_own_on_new_ones(pipe, inversion, record):
     alignment = align_tokens(pipe.tokenizer, SOURCE, TARGET)
-    aligned = align_maps(record.cross, alignment)
+    aligned = align_maps(record.cross, [alignment])
     name = next(iter(aligned))
     for j in range(77):
         expected = record.cross[name][..., alignment.mapper[j]] if alignment.shared[j] else torch.zeros(())
-        assert torch.equal(aligned[name][..., j], expected.expand_as(aligned[name][..., j]))
-    control = Inject(aligned, alignment.shared, {}, capture_layers=frozenset(aligned))
+        assert torch.equal(aligned[name][0, ..., j], expected.expand_as(aligned[name][0, ..., j]))
+    control = Inject(aligned, alignment.shared[None], {}, capture_layers=frozenset(aligned))
     run_control(pipe, inversion, control, TARGET)
     assert torch.allclose(control.captured[name].sum(-1), torch.ones(()), atol=1e-5)  # A*, before injection
 
 
 def test_injection_leaves_the_other_rows_alone(pipe, inversion, record):
     alignment = align_tokens(pipe.tokenizer, SOURCE, TARGET)
-    control = Inject(align_maps(record.cross, alignment), alignment.shared, record.self_qk)
+    control = Inject(align_maps(record.cross, [alignment]), alignment.shared[None], record.self_qk)
     plain = run_control(pipe, inversion, None, TARGET, batch=2)
     injected = run_control(pipe, inversion, control, TARGET, batch=2)
     assert torch.allclose(plain[0], injected[0], atol=1e-4)
@@ -85,7 +85,7 @@ def test_injection_leaves_the_other_rows_alone(pipe, inversion, record):
 
 def test_a_pass_ends_where_it_is_told(pipe, inversion, record):
     name = list(record.cross)[3]
-    control = Inject({}, torch.zeros(77, dtype=torch.bool), {}, frozenset(record.cross), exit_after=name)
+    control = Inject({}, torch.zeros(1, 77, dtype=torch.bool), {}, frozenset(record.cross), exit_after=name)
     with pytest.raises(UNetExit):
         run_control(pipe, inversion, control, TARGET)
     assert list(control.captured) == list(record.cross)[:4]

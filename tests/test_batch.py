@@ -86,9 +86,9 @@ def counted(monkeypatch):
     done = {"edits": [], "inversions": 0}
     whole_edit, whole_invert = batch.edit, batch.invert
 
-    def edit(request, *rest):
+    def edit(request, *rest, **more):
         done["edits"].append(request.args)
-        return whole_edit(request, *rest)
+        return whole_edit(request, *rest, **more)
 
     def invert(*args):
         done["inversions"] += 1
@@ -109,7 +109,7 @@ def test_rows_are_edited_as_edit_does_it_once_and_again_when_changed(tiny_model,
         {"image": "p2.png", "steps": 3, "preset": "released", "object": {"dog": "word:cat"}},
     ]
     file, out = write_rows(data, rows), tmp_path / "out"
-    assert main(command(file, tiny_model, out)) == 0
+    assert main(command(file, tiny_model, out, "--edits-per-pass", "1")) == 0
     assert "4 of 4 rows edited, 0 of them before" in capsys.readouterr().out
     assert counted["inversions"] == 3 and len(counted["edits"]) == 4  # two rows are of one picture
     assert list(pictures(out)) == [
@@ -141,6 +141,17 @@ def test_rows_are_edited_as_edit_does_it_once_and_again_when_changed(tiny_model,
     many = json.loads((out / "00003" / "run.json").read_text())["edits"][1]
     assert {"prompt": several[1], **{name: one[name] for name in many if name != "prompt"}} == many
     assert PIL.Image.open(tmp_path / "single" / "edited.png").tobytes() == pictures(out)["00003/edited_1.png"]
+
+    # a row's prompts together, in fewer passes
+    row = write_rows(data, [{**rows[2], "name": "00003"}])
+    inverted = ("--cache", str(out / ".inversions"))
+    assert main(command(row, tiny_model, tmp_path / "together", *inverted)) == 0
+    records = [json.loads((folder / "00003" / "run.json").read_text()) for folder in (tmp_path / "together", out)]
+    assert records[0]["edit"]["forwards"] < records[1]["edit"]["forwards"] and records[0]["key"] == records[1]["key"]
+    for name, together in pictures(tmp_path / "together").items():
+        alone = np.frombuffer(pictures(out)[name], np.uint8).astype(int)
+        assert abs(np.frombuffer(together, np.uint8) - alone).max() <= 1
+    file = write_rows(data, rows)
 
     # nothing is done again; of a row, a picture or a mask that changed, what it concerns
     whole, stamps = pictures(out), {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
@@ -227,10 +238,10 @@ def test_a_mistake_in_the_last_row_is_known_before_the_first_edit(tiny_model, da
 def test_what_goes_wrong_within_an_edit_stops_no_other(tiny_model, data, tmp_path, monkeypatch, capsys):
     whole = batch.edit
 
-    def edit(request, *rest):
+    def edit(request, *rest, **more):
         if "p0" in request.args.image:
             raise RuntimeError("out of memory")
-        return whole(request, *rest)
+        return whole(request, *rest, **more)
 
     monkeypatch.setattr(batch, "edit", edit)
     file = write_rows(data, [{"image": "p0.png"}, {"image": "p1.png"}])

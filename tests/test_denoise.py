@@ -1,5 +1,6 @@
 """The engine gives the naive algorithm's result with a stated number of U-Net passes."""
 
+import numpy as np
 import pytest
 import torch
 from mde_edit.attention_processors import attention_layers
@@ -137,16 +138,77 @@ def test_iterations_do_not_wait_for_the_device(pipe, inversion, masks, monkeypat
     assert counts[0] == counts[1] < counts[2] == counts[3]
 
 
-def test_several_prompts_share_the_source_pass(pipe, inversion, masks):
-    prompts = [TARGET, "a tiger wearing a blue hat"]
-    objects = [{"dog": masks[0]}, {"tiger": masks[0]}]
-    settings = {**SETTINGS, "output_type": "latent"}
+PROMPTS = [TARGET, "a tiger wearing a blue hat", "a dog wearing a blue cap", "a tiger wearing a red cap", TARGET]
+
+
+@pytest.fixture
+def several(masks):
+    """Edits of one picture of all kinds: guided, looked at and not guided (all of the picture is its mask), without
+    losses, guided by one loss, and without masks; each with noise of its own."""
+
+    def arguments(which):
+        objects = [{"dog": masks[0]}, {"tiger": np.ones_like(masks[0])}, {}, {"tiger": masks[1]}, {}]
+        attributes = [{"red": masks[1]}, {}, {}, {}, {"red": masks[1]}]
+        return {
+            "prompt": [PROMPTS[k] for k in which],
+            "object_masks": [objects[k] for k in which],
+            "attribute_masks": [attributes[k] for k in which],
+            "generator": [torch.Generator().manual_seed(k) for k in which],
+            **{
+                **SETTINGS,
+                "optimization_threshold": 0.6,
+                "outside_attention": 0.5,
+                "eta": 0.3,
+                "output_type": "latent",
+            },
+            "output_attention_maps": True,
+        }
+
+    return arguments
+
+
+@pytest.mark.parametrize("per_pass", [2, 3, 5])
+def test_edits_in_one_pass_are_what_they_are_alone(pipe, inversion, several, per_pass):
+    together = pipe(inversion=inversion, edits_per_pass=per_pass, **several(range(5)))
+    assert [len(losses) > 0 for losses in together.losses] == [True, False, False, True, True]
+    for k in range(5):
+        alone = pipe(inversion=inversion, edits_per_pass=1, **several([k]))
+        assert (alone.images[0] - together.images[k]).abs().max() < 1e-4
+        assert [entry.keys() for entry in together.losses[k]] == [entry.keys() for entry in alone.losses[0]]
+        for one, other in zip(together.losses[k], alone.losses[0]):
+            assert list(one.values()) == pytest.approx(list(other.values()), abs=1e-4)
+        for key, maps in alone.attention_maps[0].items():
+            assert torch.allclose(together.attention_maps[k][key], maps, atol=1e-4)
+        others = [(together.images[k] - together.images[j]).abs().max() for j in range(5) if j != k]
+        assert min(others) > 1e-2  # so that one edit in another's place would be seen
+
+
+def test_several_prompts_share_passes(pipe, inversion, several):
+    """One pass of the source per step for all; of the rest, as many edits in each as `edits_per_pass` says, whose
+    unconditional rows are there as well. An edit that needs no guidance takes part in no iteration after the first."""
+    iterations, guided, steps, source = SETTINGS["optimization_iterations"], 3, 5, 4
     with count_unet_calls(pipe.unet) as calls:
-        both = pipe(prompts, inversion, object_masks=objects, **settings)
-    assert calls["batch 1"] == 4 + 2 * 3 * 2 and calls["batch 2"] == 2 * 5
-    for k in range(2):
-        alone = pipe(prompts[k], inversion, object_masks=objects[k], **settings)
-        assert torch.equal(alone.images, both.images[k : k + 1])
+        pipe(inversion=inversion, edits_per_pass=5, **several(range(5)))
+    looked_at = {"batch 4": guided, "batch 3": guided * (iterations - 1)}  # without the one that has no masks
+    assert calls == {"batch 1": source, **looked_at, "batch 10": steps, "forward": calls["forward"], **apart(calls)}
+    with count_unet_calls(pipe.unet) as calls:
+        pipe(inversion=inversion, edits_per_pass=2, **several([0, 3, 4]))
+    one = {"batch 1": source + guided * iterations, "batch 4": steps}
+    # of batch 2: the first two's iterations, the third's last pass of each step
+    assert calls == {**one, "batch 2": guided * iterations + steps, "forward": calls["forward"], **apart(calls)}
+    default = pipe(inversion=inversion, **several(range(5))).images
+    assert torch.equal(default, pipe(inversion=inversion, edits_per_pass=4, **several(range(5))).images)
+    assert not torch.equal(default, pipe(inversion=inversion, edits_per_pass=1, **several(range(5))).images)
+
+
+def apart(calls):
+    return {name: calls[name] for name in ("probe", "complete")}
+
+
+def test_one_edit_per_pass_is_the_same_to_the_bit(pipe, inversion, several):
+    together = pipe(inversion=inversion, edits_per_pass=1, **several(range(5))).images
+    alone = [pipe(inversion=inversion, **several([k])).images for k in range(5)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_gradient_checkpointing_changes_nothing(components, inversion, masks, image):

@@ -9,7 +9,8 @@ from mde_edit import Inversion
 from .conftest import SOURCE, TARGET, count_unet_calls, make_pipe
 
 
-EDIT = {"optimization_iterations": 1, "optimization_steps": 0.4, "output_type": "latent"}
+# one by one, so that an edit is to the bit what it is alone
+EDIT = {"optimization_iterations": 1, "optimization_steps": 0.4, "output_type": "latent", "edits_per_pass": 1}
 SHORT = {"num_inference_steps": 3, "guidance_scale": 3.0, "num_inner_steps": 2}
 NEGATIVE = "a tiger on grass"
 

@@ -77,6 +77,7 @@ def refuse(pipe, inversion):
         ({"num_images_per_prompt": 2}, "all the same: set `eta` above 0"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0"),
         ({"num_images_per_prompt": None}, "`num_images_per_prompt` is None"),
+        ({"edits_per_pass": 0}, "`edits_per_pass` is 0"),
         ({"height": 512}, "`height` is 512 and the inversion's picture has 64: leave it out"),
         ({"width": "96"}, "`width` is '96': use a whole number"),
         ({"width": MASK}, "`width` is array"),
@@ -143,7 +144,7 @@ NAMES = """
     optimization_iterations optimization_threshold step_size max_update attention_resolution mask_dilation
     background_blend eta generator output_type callback_on_step_end callback_on_step_end_tensor_inputs latents surprise
     negative_prompt prompt_embeds negative_prompt_embeds source_prompt_embeds height width num_images_per_prompt
-    guidance_rescale cross_attention_kwargs clip_skip
+    guidance_rescale cross_attention_kwargs clip_skip edits_per_pass
 """.split()
 
 
@@ -405,7 +406,7 @@ def test_each_prompt_has_its_own_generator(pipe, inversion):
     def seeded(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    prompts, edit = [TARGET, TARGET], {**SHORT, "eta": 0.5}
+    prompts, edit = [TARGET, TARGET], {**SHORT, "eta": 0.5, "edits_per_pass": 1}
     both = pipe(prompts, inversion, **edit, generator=seeded(3, 3)).images
     assert torch.equal(both[0], both[1])
     other = pipe(prompts, inversion, **edit, generator=seeded(3, 4)).images
@@ -417,7 +418,7 @@ def test_several_pictures_of_a_prompt_differ_by_their_noise(pipe, inversion, mas
     def seeded(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    edit = {**SHORT, "eta": 0.5}
+    edit = {**SHORT, "eta": 0.5, "edits_per_pass": 1}
     one, other = TARGET, "a tiger wearing a blue hat"
     four = pipe([one, other], inversion, **edit, num_images_per_prompt=2, generator=seeded(1, 2, 3, 4)).images
     each = [

@@ -109,7 +109,7 @@ def run_batch(args: argparse.Namespace) -> str | None:
         for job in jobs:
             put_back(job)
     state.wait_for_everyone()
-    before = spread(jobs, lambda share: work(share, models, cache, args.fail_fast), state)
+    before = spread(jobs, lambda share: work(share, models, cache, args.edits_per_pass, args.fail_fast), state)
     if not state.is_main_process:
         return None
     records = [json.loads(job.record.read_text(encoding="utf-8")) for job in jobs]
@@ -123,7 +123,9 @@ def run_batch(args: argparse.Namespace) -> str | None:
     return f"{done}: wrote {out}/batch.csv, {', '.join(sheets)}"
 
 
-def work(jobs: list[Job], models: Models, cache: InversionCache, fail_fast: bool) -> Iterator[Job]:
+def work(
+    jobs: list[Job], models: Models, cache: InversionCache, edits_per_pass: int | None, fail_fast: bool
+) -> Iterator[Job]:
     """Edit a process's share of the rows, once all of it is checked; yields what is done or cannot be."""
     sound = []
     for job in jobs:
@@ -132,7 +134,7 @@ def work(jobs: list[Job], models: Models, cache: InversionCache, fail_fast: bool
         else:
             yield job
     for job in sound:
-        attempt(lambda job=job: edit_row(job, models, cache), job, fail_fast)
+        attempt(lambda job=job: edit_row(job, models, cache, edits_per_pass), job, fail_fast)
         yield job
 
 
@@ -197,7 +199,7 @@ def check(row: Row, models: Models) -> None:
     prepare(request, models.pipe(row.args)[0])
 
 
-def edit_row(job: Job, models: Models, cache: InversionCache) -> None:
+def edit_row(job: Job, models: Models, cache: InversionCache, edits_per_pass: int | None) -> None:
     """Edit a row and write its files, the record last."""
     row, folder = job.task, job.record.parent
     files = row.files()  # before they are read: of one that changes meanwhile, the record knows the former
@@ -205,7 +207,7 @@ def edit_row(job: Job, models: Models, cache: InversionCache) -> None:
     pipe, model = models.pipe(row.args)
     masks = prepare(request, pipe)
     inversion, inverted = inverted_once(request, pipe, model, cache)
-    edited = edit(request, pipe, inversion, masks)
+    edited = edit(request, pipe, inversion, masks, edits_per_pass=edits_per_pass)
     clear(job)
     images = edited.output.images
     names = ["edited.png"] if len(images) == 1 else [f"edited_{number}.png" for number in range(len(images))]

@@ -134,7 +134,9 @@ def load_pipeline(args: argparse.Namespace) -> MDEEditPipeline:
         torch.zeros(1, device=device).cpu()
     with reading("model", args.model):
         pipe = MDEEditPipeline.from_pretrained(args.model)
-    return pipe.to(device, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    loaded = {part.dtype for part in pipe.components.values() if isinstance(part, torch.nn.Module)}
+    return pipe.to(device) if loaded == {dtype} else pipe.to(device, dtype)  # diffusers warns of any cast
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -258,12 +260,13 @@ def edit(
     inversion: Inversion,
     masks: list[list[dict]],
     callback: Callable | None = None,
+    edits_per_pass: int | None = None,
 ) -> Edited:
     """Edit an inversion by every target prompt of a request.
 
     Args:
         masks: what [`prepare`] returned.
-        callback: the pipeline's `callback_on_step_end`.
+        callback, edits_per_pass: the pipeline's `callback_on_step_end` and argument of this name.
     """
     args, seed = request.args, request.args.seed
     words = source_words(masks)
@@ -283,6 +286,7 @@ def edit(
             generator=generators,
             callback_on_step_end=callback,
             output_attention_maps=True,
+            edits_per_pass=edits_per_pass,
             **vars(request.settings),
         )
     cost["seconds"] = round(cost["seconds"], 2)

@@ -115,6 +115,7 @@ _OF_ONE_ROW = ("name", "image", "source_prompt", "prompt", "object", "attribute"
 OPTIONS["batch"] = {
     "cache": Option(str, "folder that keeps inversions, for any number of batches (default: .inversions in --out)"),
     "cache_size": Option(float, "GB that --cache may hold; the one unused for longest goes first", 10.0, low=0),
+    "edits_per_pass": Option(int | None, "of a row's prompts so many share the U-Net's passes (default: 4)", low=1),
     **{name: option for name, option in ROW.items() if name not in _OF_ONE_ROW},
     "out": Option(str, "folder to write to; what is there already is not done again"),
 }
@@ -334,7 +335,8 @@ def _batch(given: dict[str, Any]) -> dict[str, Any]:
     """A batch's own settings; under `shared`, those for all of its rows, still without defaults."""
     if "out" not in given:
         raise ValueError("missing --out (see mde-edit batch --help)")
-    own = {name: given.pop(name, OPTIONS["batch"][name].default) for name in ("out", "cache", "cache_size")}
+    names = ("out", "cache", "cache_size", "edits_per_pass")
+    own = {name: given.pop(name, OPTIONS["batch"][name].default) for name in names}
     return {**own, "shared": given}
 
 
