@@ -2,7 +2,7 @@
 """One step of the paper, z*_t -> z*_{t-1}, as functions: what is recorded, injected, guided and blended (Eq. 2-8).
 
 [`Settings`] says how, [`Edit`] what, [`Run`] holds what every step needs; [`record_source`] and [`edit_step`] are the
-step, [`guide_latents`] its gradient descent.
+step, [`guide_latents`] its gradient descent. Target prompts of one picture share passes of the U-Net, a row each.
 """
 
 from collections.abc import Collection, Sequence
