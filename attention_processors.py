@@ -97,7 +97,7 @@ class Record:
     self_layers: frozenset
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
     self_qk: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    rows = 1  # of the pass, that this is about
+    rows = 1  # of the batch that it acts on
 
     def reads(self, name: str) -> bool:
         return name in self.cross_layers or name in self.self_layers
@@ -131,6 +131,7 @@ class Inject:
 
     @property
     def rows(self) -> int:
+        """The last rows of the batch that it acts on."""
         return len(self.shared)
 
     def reads(self, name: str) -> bool:

@@ -7,7 +7,7 @@ step, [`guide_latents`] its gradient descent. Target prompts of one picture shar
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -149,6 +149,10 @@ class Run:
         null = self.inversion.null(i) if edit.null is None else edit.null
         return null.to(edit.conditioning.embeds)
 
+    def timestep(self, i: int) -> int:
+        """Of step `i`, as a number: the scheduler has it on the device, which reading it would have to wait for."""
+        return int(self.inversion.timesteps[i])
+
     def injects_cross(self, i: int) -> bool:
         return i < self.steps(self.settings.cross_replace_steps)
 
@@ -220,8 +224,8 @@ def edit_steps(
     """[`edit_step`] of all target prompts of a picture, so many at a time as the run says; `latents` (edits, channels,
     h, w) fp32."""
     n = run.edits_per_pass
-    groups = zip(latents.split(n), (edits[k : k + n] for k in range(0, len(edits), n)))
-    return [step for z, own in groups for step in edit_step(run, i, t, z, own, source)]
+    groups = (slice(k, k + n) for k in range(0, len(edits), n))
+    return [step for group in groups for step in edit_step(run, i, t, latents[group], edits[group], source)]
 
 
 def join_steps(
@@ -258,7 +262,6 @@ def edit_step(
         latents: (edits, channels, h, w) fp32, z*_t.
         source: what [`record_source`] recorded at this step.
     """
-    at = int(run.inversion.timesteps[i])  # not on the device, which `t` would have to be read from
     lora_scale, alignments = run.inversion.lora_scale, [edit.alignment for edit in edits]
     aligned = align_maps(source.cross, alignments)
     cross = aligned if run.injects_cross(i) else {}
@@ -269,7 +272,7 @@ def edit_step(
     if run.optimizes(i) and any(run.has_losses(edit) for edit in edits):  # Eq. 4-7
         reads = any(run.reads_source(edit) for edit in edits)
         shared = stack_maps(aligned, run.loss_layers).sum(dim=-1) if reads else [None] * len(edits)
-        latents, losses, before = guide_latents(run, t, noise_level(run.scheduler, at), latents, edits, inject, shared)
+        latents, losses, before = guide_latents(run, i, t, latents, edits, inject, shared)
 
     if run.capture_maps and run.optimizes(i):
         inject = replace(inject, capture_layers=frozenset(layer.name for layer in run.loss_layers))
@@ -284,7 +287,7 @@ def edit_step(
     after = stack_maps(inject.captured, run.loss_layers) if inject.captured else None
     steps = []
     for k, (edit, eps, z) in enumerate(zip(edits, noise.split(1), latents.split(1))):
-        z = run.scheduler.step(eps, at, z, eta=run.settings.eta, generator=edit.generator).prev_sample
+        z = run.scheduler.step(eps, run.timestep(i), z, eta=run.settings.eta, generator=edit.generator).prev_sample
         if edit.mask is not None and run.blends(i):  # Eq. 8: outside M the picture is the source's
             z = torch.where(edit.mask, z, run.inversion.source_latents(i + 1))
         maps = {} if after is None else edited_maps(run, edit, before.get(k, after[k]), after[k])
@@ -322,8 +325,8 @@ def covered(edit: Edit, size: tuple[int, int]) -> torch.Tensor:
 
 def guide_latents(
     run: Run,
+    i: int,
     t: torch.Tensor,
-    sigma: float,
     latents: torch.Tensor,
     edits: Sequence[Edit],
     inject: Inject,
@@ -332,12 +335,11 @@ def guide_latents(
     r"""
     The latent guidance of one step (Eq. 7-8): z* <- z* - M * clamp(delta * grad(lambda_1 OAL + lambda_2 CCL), -c, c),
     several times ([`move_latents`]). The losses are those of the words that look past their masks before it
-    ([`words_astray`]); where none does, an edit's latents stay and it takes part in no further pass.
+    ([`words_astray`]); where none does, an edit's latents stay and it takes part in no further iteration.
 
     Rows of a batch know nothing of each other, so that the gradient of the sum of all edits' losses is each edit's own.
 
     Args:
-        sigma: sigma_t of the timestep `t`, [`noise_level`].
         latents: (edits, channels, h, w) fp32, z*.
         inject: what the targets' passes inject at this step.
         shared_attention: of each edit (heads, pixels), sum_j A_j of Eq. 6, where the losses read it.
@@ -349,16 +351,19 @@ def guide_latents(
     Raises:
         FloatingPointError: loss or gradient left the finite numbers.
     """
-    settings = run.settings
+
+    def together(some: dict[int, Edit]) -> tuple[Conditioning, Inject]:
+        return join_conditioning([edit.conditioning for edit in some.values()]), inject.of(list(some))
+
+    settings, sigma, dtype = run.settings, noise_level(run.scheduler, run.timestep(i)), compute_dtype(run.unet)
     rows, told = list(latents.split(1)), [[] for _ in edits]
     guided, first_maps = {k: edit for k, edit in enumerate(edits) if run.has_losses(edit)}, {}
+    passing = together(guided)
     for _ in range(settings.optimization_iterations):
         with torch.enable_grad():
             z = torch.cat([rows[k] for k in guided]).requires_grad_()
-            texts = join_conditioning([edit.conditioning for edit in guided.values()])
-            passing = inject.of(list(guided))
-            stacked = own_maps(run.unet, z, t, texts, passing, run.loss_layers, run.inversion.lora_scale)
-            maps = dict(zip(guided, stacked))
+            maps = own_maps(run.unet, z, t, *passing, run.loss_layers, run.inversion.lora_scale)
+            maps = dict(zip(guided, maps))
             if not first_maps:
                 first_maps = {k: own.detach() for k, own in maps.items()}
                 guided = words_astray(first_maps, guided, run)
@@ -366,18 +371,21 @@ def guide_latents(
                     break
             losses = {k: edit_losses(maps[k], shared_attention[k], edit, settings) for k, edit in guided.items()}
             total = torch.stack([own["loss"] for own in losses.values()]).sum()
-            grads = dict(zip(maps, gradient(total, z, compute_dtype(run.unet)).split(1)))
+            grads = dict(zip(maps, gradient(total, z, dtype).split(1)))
         for k, own in losses.items():
             rows[k], capped = move_latents(rows[k], grads[k], edits[k].mask, sigma, settings)
             finite = torch.isfinite(own["loss"]) & torch.isfinite(grads[k]).all()
             scalars = {"capped": capped, **own, "finite": finite}
             told[k].append({name: value.detach() for name, value in scalars.items()})
+        if len(guided) < len(maps):
+            passing = together(guided)
     histories = read_histories(told)
     bad = [entry for history in histories for entry in history if not entry.pop("finite")]
     if bad:
         raise FloatingPointError(
-            f"The latent guidance left the finite numbers at timestep {int(t)}, iteration {bad[0]['iteration']} (loss"
-            f" {bad[0]['loss']}). Lower `step_size` or `max_update`, or load the U-Net in float32."
+            f"The latent guidance left the finite numbers at timestep {run.timestep(i)}, iteration"
+            f" {bad[0]['iteration']} (loss {bad[0]['loss']}). Lower `step_size` or `max_update`, or load the U-Net in"
+            " float32."
         )
     return torch.cat(rows), histories, first_maps
 
@@ -417,22 +425,20 @@ def words_astray(maps: dict[int, torch.Tensor], edits: dict[int, Edit], run: Run
     settings, size = run.settings, run.loss_layers[0].size
     if settings.optimization_threshold == 1:
         return edits
-    shares, words = [], {}
-    for k, edit in edits.items():
-        objects = edit.objects if settings.oal_weight else ()
-        words[k] = (objects, edit.attributes if settings.ccl_weight else ())
-        for region in chain(*words[k]):
-            attention = aggregate_maps(maps[k], region.token_indices)  # (pixels,)
-            shares.append((attention * (region.shares[size] > 0)).sum() / attention.sum())
+    weights = {"objects": settings.oal_weight, "attributes": settings.ccl_weight}
+    kinds = [kind for kind, weight in weights.items() if weight]
+    words = [(k, kind, region) for k, edit in edits.items() for kind in kinds for region in getattr(edit, kind)]
+    shares = []
+    for k, _, region in words:
+        attention = aggregate_maps(maps[k], region.token_indices)  # (pixels,)
+        shares.append((attention * (region.shares[size] > 0)).sum() / attention.sum())
     # The numbers that a step's guidance reads before it: a GPU is waited for once, not in every iteration.
     # "Not more", so that what is no number is guided, and found there.
-    astray = iter((~(torch.stack(shares) > settings.optimization_threshold)).tolist())
-    kept = {k: [[region for region in regions if next(astray)] for regions in pair] for k, pair in words.items()}
-    return {
-        k: replace(edits[k], objects=objects, attributes=attributes)
-        for k, (objects, attributes) in kept.items()
-        if objects or attributes
-    }
+    astray = (~(torch.stack(shares) > settings.optimization_threshold)).tolist()
+    kept: dict[int, dict[str, list[Region]]] = {}
+    for k, kind, region in compress(words, astray):
+        kept.setdefault(k, {"objects": [], "attributes": []})[kind].append(region)
+    return {k: replace(edits[k], **regions) for k, regions in kept.items()}
 
 
 def read_histories(told: Sequence[Sequence[dict[str, torch.Tensor]]]) -> list[list[dict[str, float]]]:

@@ -1168,7 +1168,7 @@ class EditsPictures(ReadsPrompts):
             height, width (`int`, *optional*):
                 With `image`: the size to resize it to. An inversion's picture keeps its own.
             num_images_per_prompt (`int`, defaults to 1):
-                So many edits of each prompt, one after the other; more than one needs `eta`, without which they would
+                So many edits of each prompt, in the prompts' order; more than one needs `eta`, without which they would
                 all be the same.
             guidance_rescale (`float`, *optional*):
                 From 0 to 1: how far guidance keeps the spread that the conditional prediction has (arXiv 2305.08891);
@@ -1179,8 +1179,8 @@ class EditsPictures(ReadsPrompts):
                 How many of the text encoder's last layers to leave out. The inversion's by default; any other is an
                 error.
             edits_per_pass (`int`, *optional*):
-                So many edits of a picture at most share the passes of the U-Net, each as a row: faster, and each takes
-                memory; by default 4, with SDXL 1. Beside others an edit is the same but for rounding.
+                So many edits of one picture at most share the passes of the U-Net, each as a row: faster, and each
+                takes memory; by default 4, with SDXL 1. Beside others an edit is the same but for rounding.
             refused:
                 Other arguments of diffusers' pipeline; an error that says why and what to do instead.
 

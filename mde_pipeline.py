@@ -40,7 +40,7 @@ class MDEEditPipeline(CarriesItsCode, EditsPictures, StableDiffusionPipeline):
 
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
     family = "sd"
-    edits_per_pass = 4  # a row of a guided pass holds a quarter of a GiB in half precision, at 512x512
+    edits_per_pass = 4  # a row of a guided pass holds a third of a GiB in half precision, at 512x512
     source_file = Path(__file__)
     module_name = "mde_edit"
     empty_prompt = ""

@@ -114,26 +114,32 @@ def test_guidance_passes_do_not_reach_the_layers_above_the_losses(pipe, inversio
 
 
 class Readings(TorchDispatchMode):
-    """How often a number is read from a tensor, for which a GPU has to be waited for."""
+    """How often a GPU would have to be waited for: to read a number from it, or to copy a list of positions to it."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.index.Tensor)
         return func(*args, **(kwargs or {}))
 
 
 def test_iterations_do_not_wait_for_the_device(pipe, inversion, masks, monkeypatch):
-    """Nor do those at a threshold: it is looked at once a step."""
+    """Nor do those at a threshold, which is looked at once a step, or of several edits, of which it leaves some out."""
     lists, tolist = [], torch.Tensor.tolist  # which reads without an operation that a mode would see
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor) or tolist(tensor))
     counts, one_step = [], {"optimization_steps": 0.2, "cross_replace_steps": 0.2, "self_replace_steps": 0.0}
+    everywhere = np.ones_like(masks[0])
     for iterations, threshold in ((1, 1.0), (3, 1.0), (1, 0.9), (3, 0.9)):
         settings = {**one_step, "optimization_iterations": iterations, "optimization_threshold": threshold}
+        regions = {
+            "object_masks": [{"dog": masks[0]}, {"dog": everywhere}, {"dog": masks[1]}],
+            "attribute_masks": [{"red": masks[1]}, {}, {}],
+        }
         lists.clear()
         with Readings() as readings:
-            out = pipe(TARGET, inversion, object_masks={"dog": masks[0]}, attribute_masks={"red": masks[1]}, **settings)
+            out = pipe([TARGET] * 3, inversion, **regions, **settings)
         assert {entry["iteration"] for entry in out.losses[0]} == set(range(iterations))
+        assert bool(out.losses[1]) == (threshold == 1.0)
         counts.append(readings.count + len(lists))
     assert counts[0] == counts[1] < counts[2] == counts[3]
 
@@ -143,8 +149,8 @@ PROMPTS = [TARGET, "a tiger wearing a blue hat", "a dog wearing a blue cap", "a 
 
 @pytest.fixture
 def several(masks):
-    """Edits of one picture of all kinds: guided, looked at and not guided (all of the picture is its mask), without
-    losses, guided by one loss, and without masks; each with noise of its own."""
+    """Edits of one picture of all kinds: guided by both losses; looked at and not guided, since its mask is all of the
+    picture; without masks; guided by each loss alone. Each has its own noise and its own negative prompt."""
 
     def arguments(which):
         objects = [{"dog": masks[0]}, {"tiger": np.ones_like(masks[0])}, {}, {"tiger": masks[1]}, {}]
@@ -154,25 +160,24 @@ def several(masks):
             "object_masks": [objects[k] for k in which],
             "attribute_masks": [attributes[k] for k in which],
             "generator": [torch.Generator().manual_seed(k) for k in which],
-            **{
-                **SETTINGS,
-                "optimization_threshold": 0.6,
-                "outside_attention": 0.5,
-                "eta": 0.3,
-                "output_type": "latent",
-            },
+            "negative_prompt": [["", "a polar bear", "grass", "a big old table", "a ball"][k] for k in which],
+            **{**SETTINGS, "optimization_threshold": 0.6, "outside_attention": 0.5, "eta": 0.3},
+            "guidance_rescale": 0.5,
+            "output_type": "latent",
             "output_attention_maps": True,
         }
 
     return arguments
 
 
-@pytest.mark.parametrize("per_pass", [2, 3, 5])
-def test_edits_in_one_pass_are_what_they_are_alone(pipe, inversion, several, per_pass):
-    together = pipe(inversion=inversion, edits_per_pass=per_pass, **several(range(5)))
+@pytest.mark.parametrize("per_pass,guidance_scale", [(2, 3.0), (5, 3.0), (5, 1.0)])
+def test_edits_in_one_pass_are_what_they_are_alone(pipe, inversion, several, per_pass, guidance_scale):
+    together = pipe(
+        inversion=inversion, edits_per_pass=per_pass, **{**several(range(5)), "guidance_scale": guidance_scale}
+    )
     assert [len(losses) > 0 for losses in together.losses] == [True, False, False, True, True]
     for k in range(5):
-        alone = pipe(inversion=inversion, edits_per_pass=1, **several([k]))
+        alone = pipe(inversion=inversion, edits_per_pass=1, **{**several([k]), "guidance_scale": guidance_scale})
         assert (alone.images[0] - together.images[k]).abs().max() < 1e-4
         assert [entry.keys() for entry in together.losses[k]] == [entry.keys() for entry in alone.losses[0]]
         for one, other in zip(together.losses[k], alone.losses[0]):
@@ -187,22 +192,22 @@ def test_several_prompts_share_passes(pipe, inversion, several):
     """One pass of the source per step for all; of the rest, as many edits in each as `edits_per_pass` says, whose
     unconditional rows are there as well. An edit that needs no guidance takes part in no iteration after the first."""
     iterations, guided, steps, source = SETTINGS["optimization_iterations"], 3, 5, 4
-    with count_unet_calls(pipe.unet) as calls:
-        pipe(inversion=inversion, edits_per_pass=5, **several(range(5)))
+
+    def passes(which, **per_pass):
+        with count_unet_calls(pipe.unet) as calls:
+            pipe(inversion=inversion, **several(which), **per_pass)
+        groups = -(-len(which) // per_pass.get("edits_per_pass", 4))
+        assert calls["complete"] == source + groups * steps  # those of the guidance leave early, shared ones too
+        return {name: count for name, count in calls.items() if name.startswith("batch")}
+
     looked_at = {"batch 4": guided, "batch 3": guided * (iterations - 1)}  # without the one that has no masks
-    assert calls == {"batch 1": source, **looked_at, "batch 10": steps, "forward": calls["forward"], **apart(calls)}
-    with count_unet_calls(pipe.unet) as calls:
-        pipe(inversion=inversion, edits_per_pass=2, **several([0, 3, 4]))
-    one = {"batch 1": source + guided * iterations, "batch 4": steps}
-    # of batch 2: the first two's iterations, the third's last pass of each step
-    assert calls == {**one, "batch 2": guided * iterations + steps, "forward": calls["forward"], **apart(calls)}
-    default = pipe(inversion=inversion, **several(range(5))).images
-    assert torch.equal(default, pipe(inversion=inversion, edits_per_pass=4, **several(range(5))).images)
-    assert not torch.equal(default, pipe(inversion=inversion, edits_per_pass=1, **several(range(5))).images)
-
-
-def apart(calls):
-    return {name: calls[name] for name in ("probe", "complete")}
+    assert passes(range(5), edits_per_pass=5) == {"batch 1": source, **looked_at, "batch 10": steps}
+    # the first two's iterations and the third's last pass of each step have two rows
+    two = {"batch 1": source + guided * iterations, "batch 2": guided * iterations + steps, "batch 4": steps}
+    assert passes([0, 3, 4], edits_per_pass=2) == two
+    # four by default; of those the second and third leave the guidance, and the fifth is alone
+    last = {"batch 8": steps, "batch 2": guided * (iterations - 1) + steps}
+    assert passes(range(5)) == {"batch 1": source + guided * iterations, "batch 3": guided, **last}
 
 
 def test_one_edit_per_pass_is_the_same_to_the_bit(pipe, inversion, several):

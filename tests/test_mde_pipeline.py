@@ -454,7 +454,7 @@ def test_bad_input_is_refused_before_any_pass(edit, pipe, change, message):
 def test_non_finite_numbers_stop_the_run_and_say_what_to_try(edit, pipe, monkeypatch, poison):
     if poison == "loss":
         monkeypatch.setattr(
-            denoise, "own_maps", lambda unet, z, *a: (z.sum() * float("nan")).expand(24, math.prod(LATENTS), 77)
+            denoise, "own_maps", lambda unet, z, *a: (z.sum() * float("nan")).expand(len(z), 24, math.prod(LATENTS), 77)
         )
         with pytest.raises(FloatingPointError, match="iteration 0 .*Lower `step_size`"):
             edit()

@@ -169,6 +169,11 @@ def test_several_prompts_and_pictures_are_edits_alone(pipe, edit, image, masks):
     for k, prompt in enumerate((TARGET, other)):
         alone = edit(prompt, **{**changes, "object_masks": changes["object_masks"][k]}).images
         assert torch.equal(both[k : k + 1], alone)
+    # one per pass by default; in one pass but for rounding
+    with count_unet_calls(pipe.unet) as calls:
+        together = edit([TARGET, other], **changes, edits_per_pass=2).images
+    assert calls["batch 4"] == STEPS
+    assert (both - together).abs().max() < 1e-4 < (both[0] - both[1]).abs().max()
     pictures = [image, image[::-1].copy()]
     short = {"inversion": None, "source_prompt": SOURCE, "num_inference_steps": 2, "guidance_scale": 3.0}
     two = edit([TARGET, other], image=pictures, **short, **changes).images
