@@ -37,6 +37,7 @@ from mde_edit.attention_processors import (
     align_maps,
     attention_control,
     attention_layers,
+    compute_dtype,
     gradient,
     own_maps,
     predict,
@@ -320,7 +321,7 @@ def ready(scene: Scene, kind: Pass) -> Callable[[], object]:
     if kind.name == "naive null iteration":
         return lambda: null_iteration(lambda loss, _: loss.backward())
     if kind.name == "null iteration":
-        return lambda: null_iteration(lambda loss, leaf: gradient(loss, leaf, unet.dtype))
+        return lambda: null_iteration(lambda loss, leaf: gradient(loss, leaf, compute_dtype(unet)))
     if kind.name == "naive iteration":
         return lambda: naive_iteration(scene, t, latents)
 
@@ -334,7 +335,7 @@ def ready(scene: Scene, kind: Pass) -> Callable[[], object]:
     def iteration():  # of `guide_latents`, without what it looks at and notes
         z = latents.clone().requires_grad_()
         (maps,) = own_maps(unet, z, t, cond, inject, run.loss_layers)
-        return gradient(edit_losses(maps, shared, edit, run.settings)["loss"], z, unet.dtype)
+        return gradient(edit_losses(maps, shared, edit, run.settings)["loss"], z, compute_dtype(unet))
 
     return iteration
 

@@ -31,9 +31,10 @@ FAST = [
 ]
 
 
-def test_edit_writes_its_four_files(tmp_path, capsys):
+def test_edit_writes_its_four_files(tmp_path, capsys, caplog):
     assert main(["edit", "--config", str(CASE / "edit.json"), *FAST, "--method", "direct", "--out", str(tmp_path)]) == 0
     assert "edited.png" in capsys.readouterr().out
+    assert "float32" not in caplog.text  # diffusers warns where a model is cast
     edited = PIL.Image.open(tmp_path / "edited.png")
     assert (
         edited.size == PIL.Image.open(CASE / "image.png").size == PIL.Image.open(tmp_path / "reconstruction.png").size
