@@ -60,6 +60,7 @@ TOKENS = 77  # of a prompt
 NEW = (2, 5)  # those that the two prompts do not share: the object's and the attribute's
 PROGRAMS = ("sample", "edit", "naive edit", "null_text", "naive null_text", "negative_prompt", "direct")
 GUIDANCE_SCALE, INNER_STEPS = 7.5, 10
+FAST_STEPS = 15  # of the inversion that the preset "fast" goes with
 # As often as the paper guides.
 AS_OFTEN = {name: PRESETS["paper"][name] for name in ("optimization_iterations", "optimization_threshold")}
 LATENT_SIZE = (64, 64)
@@ -611,6 +612,7 @@ AIMS = {  # FLOPs and peak at most, of ours to the naive one's
 }
 # A program of ours: what its ratios are told by.
 EDITS = {"**edit, defaults**": "", "edit, 15 iterations": ", 15 iterations"}
+FAST, FAST_INVERSION = f"**edit, `fast`, {FAST_STEPS} steps**", f"direct inversion, {FAST_STEPS} steps"
 
 
 def ratios_of(totals: dict[str, Figures], loops: dict[str, Figures], row: Figures) -> dict[tuple[str, str], Figures]:
@@ -659,18 +661,18 @@ def machine() -> str:
 def programs_of(unet: UNet2DConditionModel, vae: AutoencoderKL) -> dict[str, tuple[Scene, str]]:
     """The table's rows: name -> of which scene, its program."""
     scene, often = make_scene(unet, vae, LATENT_SIZE), make_scene(unet, vae, LATENT_SIZE, **AS_OFTEN)
-    fast = make_scene(unet, vae, LATENT_SIZE, 10, **PRESETS["fast"])
+    fast = make_scene(unet, vae, LATENT_SIZE, FAST_STEPS, **PRESETS["fast"])
     return {
         "plain sample, 50 steps": (scene, "sample"),
         "naive edit": (often, "naive edit"),
         "**edit, defaults**": (scene, "edit"),
         "edit, 15 iterations": (often, "edit"),
-        "**edit, `fast`, 10 steps**": (fast, "edit"),
+        FAST: (fast, "edit"),
         "naive null-text inversion": (scene, "naive null_text"),
         "**null-text inversion**": (scene, "null_text"),
         "negative-prompt inversion": (scene, "negative_prompt"),
         "direct inversion": (scene, "direct"),
-        "direct inversion, 10 steps": (fast, "direct"),
+        FAST_INVERSION: (fast, "direct"),
     }
 
 
@@ -707,8 +709,8 @@ def section(
         for name in (*EDITS, "naive edit")
     }
     ratios = ratios_of(totals, loops, row)
-    sample, quick = totals["plain sample, 50 steps"], totals["**edit, `fast`, 10 steps**"]
-    both = quick.then(totals["direct inversion, 10 steps"])
+    sample, quick = totals["plain sample, 50 steps"], totals[FAST]
+    both = quick.then(totals[FAST_INVERSION])
     lines = [
         ratio_table(ratios),
         "",

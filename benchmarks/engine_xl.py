@@ -17,6 +17,7 @@ from mde_edit.denoise import PRESETS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.engine import (
+    FAST_STEPS,
     GIB,
     LATENT_SIZE,
     TERA,
@@ -65,7 +66,7 @@ MODELS = {  # column: model, latents, dtype of the U-Net; the VAE's is float32
 TIMED = "SDXL, float16"
 PROGRAMS = {  # name: steps, settings
     "edit, defaults": (50, {}),
-    "edit, `fast`, 10 steps": (10, PRESETS["fast"]),
+    f"edit, `fast`, {FAST_STEPS} steps": (FAST_STEPS, PRESETS["fast"]),
 }
 
 

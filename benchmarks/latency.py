@@ -22,14 +22,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from mde_edit import MDEEditPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks.engine import GIB, machine, sd14, sd_scheduler
+from benchmarks.engine import FAST_STEPS, GIB, machine, sd14, sd_scheduler
 
 
 SOURCE, PROMPT = "a cat wearing a straw hat", "a dog wearing a red hat"
 OTHERS = ["a fox wearing a green hat", "a bear wearing a blue hat", "a pig wearing a black hat"]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cat_straw_hat"
 FILES = ("image", "dog", "red")
-STEPS, FAST_STEPS = 50, 10
+STEPS = 50
 PER_PASS = (1, 2, 4)  # edits that share the passes of the U-Net
 COMPILED = (ResnetBlock2D, FeedForward)
 

@@ -167,7 +167,7 @@ def presets(embedded: bool) -> dict[str, dict[str, Any]]:
     return {
         "usual": usual,
         "gentle": {**usual, **PRESETS["gentle"]},
-        "fast": {**usual, "steps": 10, **PRESETS["fast"]},
+        "fast": {**usual, "steps": 15, **PRESETS["fast"]},
         "paper": {**usual, **null_text, **PRESETS["paper"]},
         "released": {**usual, **null_text, **PRESETS["released"]},
     }
