@@ -22,7 +22,7 @@ gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 playwright = pytest.importorskip("playwright.sync_api")
 
-from mde_edit.tools.app import COLORS, ROOT, SHOWN, drawing_size, explain, serve  # noqa: E402
+from mde_edit.tools.app import COLORS, ROOT, SHOWN, drawing_size, explain, presets, serve  # noqa: E402
 from mde_edit.tools.publish import files_of_space  # noqa: E402
 from mde_edit.tools.studio import ATTRIBUTE, OBJECT, SETTING_NAMES, Studio  # noqa: E402
 
@@ -171,7 +171,7 @@ def choose_fast(page, steps: int = STEPS) -> None:
     page.get_by_role("radio", name="fast").click()
     page.get_by_role("button", name="Advanced").click()
     number = page.locator("#setting-steps input")
-    playwright.expect(number).to_have_value("10", timeout=60_000)
+    playwright.expect(number).to_have_value(str(presets(embedded=True)["fast"]["steps"]), timeout=60_000)
     number.fill(str(steps))
     number.press("Tab")
 
