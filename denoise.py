@@ -286,7 +286,7 @@ def edit_step(
 
     after = stack_maps(inject.captured, run.loss_layers) if inject.captured else None
     steps = []
-    for k, (edit, eps, z) in enumerate(zip(edits, noise.split(1), latents.split(1))):
+    for k, (edit, eps, z) in enumerate(zip(edits, noise.split(1), latents.split(1))):  # each has its own generator
         z = run.scheduler.step(eps, run.timestep(i), z, eta=run.settings.eta, generator=edit.generator).prev_sample
         if edit.mask is not None and run.blends(i):  # Eq. 8: outside M the picture is the source's
             z = torch.where(edit.mask, z, run.inversion.source_latents(i + 1))
@@ -332,10 +332,9 @@ def guide_latents(
     inject: Inject,
     shared_attention: Sequence[torch.Tensor | None],
 ) -> tuple[torch.Tensor, list[list[dict[str, float]]], dict[int, torch.Tensor]]:
-    r"""
-    The latent guidance of one step (Eq. 7-8): z* <- z* - M * clamp(delta * grad(lambda_1 OAL + lambda_2 CCL), -c, c),
-    several times ([`move_latents`]). The losses are those of the words that look past their masks before it
-    ([`words_astray`]); where none does, an edit's latents stay and it takes part in no further iteration.
+    """The latent guidance of one step: the latents move down lambda_1 OAL + lambda_2 CCL several times (Eq. 7-8,
+    [`move_latents`]). The losses are those of the words that look past their masks before it ([`words_astray`]); where
+    none does, an edit's latents stay and it takes part in no further iteration.
 
     Rows of a batch know nothing of each other, so that the gradient of the sum of all edits' losses is each edit's own.
 
@@ -393,14 +392,14 @@ def guide_latents(
 def move_latents(
     latents: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor, sigma: float, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 7-8 for one edit: z* - M * clamp(delta * grad, -c, c), with delta = step_size * sigma_t and c = max_update *
-    rms(z* in M).
+    """Eq. 7-8, one update of one edit: z* <- z* - M * clamp(delta * grad(lambda_1 OAL + lambda_2 CCL), -c, c), with
+    delta = step_size * sigma_t and c = max_update * rms(z* in M).
 
     The cap is element-wise: a global rescale would couple the regions, so that a large object gradient would shrink an
     attribute's step.
 
     Args:
-        latents, grad: (1, channels, h, w) fp32. mask: (1, 1, h, w) bool, M.
+        latents, grad: (1, channels, h, w) fp32. mask: (1, 1, h, w) bool, M. sigma: sigma_t, see [`noise_level`].
 
     Returns:
         the latents, and the share of their values in M that the cap cut, a scalar.

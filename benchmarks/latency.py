@@ -12,6 +12,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import PIL.Image
@@ -77,10 +78,11 @@ def waits(pipe: MDEEditPipeline, size: int) -> dict[str, Callable[[], object]]:
         }
         pipe(list(prompts), inverted[steps], **masks, **settings)
 
-    fast, together = pipe.presets["fast"], {}
-    for n in PER_PASS:
-        name = f"{1 + len(OTHERS)} edits of the picture, {n} per pass"
-        together[name] = lambda n=n: edit(STEPS, PROMPT, *OTHERS, edits_per_pass=n)
+    fast, prompts = pipe.presets["fast"], (PROMPT, *OTHERS)
+    together = {
+        f"{len(prompts)} edits of the picture, {n} per pass": partial(edit, STEPS, *prompts, edits_per_pass=n)
+        for n in PER_PASS
+    }
     return {
         f"plain sample, {STEPS} steps": lambda: plain(SOURCE, height=size, width=size, num_inference_steps=STEPS),
         f"first edit, defaults, {STEPS} steps": lambda: edit(STEPS, PROMPT, first=True),
